@@ -251,7 +251,7 @@ class Pool:
             self.pids.discard(pid)
             if (code := os.waitstatus_to_exitcode(status)) >= 0:
                 statuses.add(code)
-            if not self._signals and (code < 0 or not self.once and code != OK):
+            if not self._signals and (code < 0 or (not self.once and code != OK)):
                 log.warning("worker process %d ended with %d and is replaced", pid, code)
                 time.sleep(0 if code < 0 and self.once else 0.2)  # not in a tight loop
                 self._fork()

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import logging
 import os
 import re
@@ -712,7 +711,7 @@ class JobInstance:
             raise ValueError(f"job {self._job_id} is of type {self._job['job_type']!r}, "
                              f"but {type(self).__name__} runs {self._name!r}")
         mine = self._job["worker_id"] == self._worker.id
-        if not (self._job["state"] == "Created" or self._job["state"] == "Queued" and mine):
+        if not (self._job["state"] == "Created" or (self._job["state"] == "Queued" and mine)):
             raise ValueError(f"job {self._job_id} is in state {self._job['state']!r}, not 'Created'")
 
     @contextlib.contextmanager
