@@ -23,6 +23,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from typing import Any
 
 import psycopg
@@ -67,21 +68,20 @@ class JobHandler:
         self._parent = os.getppid()
         self._woken = False
         self._looked_after = float("-inf")
+        self._wakeup, self._wakeup_end = os.pipe()  # a signal writes to it and so ends a wait
 
     # Starting and stopping.
 
     def run(self) -> int:
         """Run jobs until there are none left (`once`) or a signal comes; return the exit status."""
+        os.set_blocking(self._wakeup_end, False)
+        signal.set_wakeup_fd(self._wakeup_end, warn_on_full_buffer=False)
         try:
             self._start()
-            while not self.stopping():
-                try:
-                    if not self._turn():
-                        break
-                except psycopg.OperationalError as exc:
-                    if not self.worker.connection.closed:
-                        raise
-                    self._reconnect(exc)
+            self._loop()
+        except ValueError as exc:
+            log.error("%s", exc)
+            return USAGE
         except Unavailable as exc:
             log.error("%s", exc)
             return NO_DATABASE
@@ -92,7 +92,23 @@ class JobHandler:
             if self.worker:
                 self.worker.close()
                 jobs.use_worker(None)
+            signal.set_wakeup_fd(-1)
+            os.close(self._wakeup)
+            os.close(self._wakeup_end)
         return JOBS_FAILED if self.failed else OK
+
+    def _loop(self) -> None:
+        setbacks = 0  # turns in a row that the database did not let us finish
+        while not self.stopping():
+            try:
+                if not self._turn():
+                    return
+                setbacks = 0
+            except psycopg.OperationalError as exc:
+                setbacks += 1
+                if self.once and setbacks == CONNECT_TRIES:
+                    raise Unavailable(f"the database failed {setbacks} times in a row: {exc}") from None
+                self._reconnect(exc)
 
     def stopping(self) -> bool:
         """Whether to stop before the next step: a signal came, or the parent process is gone."""
@@ -105,9 +121,6 @@ class JobHandler:
 
     def _start(self) -> None:
         """Connect, take an id, say which types we know, listen for new jobs."""
-        self._wakeup, write_end = os.pipe()
-        os.set_blocking(write_end, False)
-        signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
         self.worker = self._try(lambda: jobs.Worker(self.dsn), CONNECT_TRIES)
         self.worker.stopping = self.stopping
         jobs.use_worker(self.worker)
@@ -139,6 +152,7 @@ class JobHandler:
 
     def _reconnect(self, exc: psycopg.Error) -> None:
         log.warning("worker=%d lost the database, trying again: %s", self.worker.id, str(exc).strip())
+        self._sleep(random.uniform(0, 0.2))  # not all at once
         self._try(self.worker.reconnect, CONNECT_TRIES if self.once else None)
         self._listen()
         log.warning("worker=%d is back", self.worker.id)
@@ -157,7 +171,7 @@ class JobHandler:
         return True
 
     def _look_after(self) -> bool:
-        """Recover what dead and hanging workers left; return whether there was anything.
+        """Recover what dead and hanging workers left, create what schedules owe; return whether there was any.
 
         At most once in LOOK_AFTER_SECONDS, however often it is called.
         """
@@ -166,7 +180,8 @@ class JobHandler:
             return False
         self._looked_after = now
         jobs.end_overrun(self.worker)
-        return bool(jobs.recover(self.worker))
+        recovered = jobs.recover(self.worker)
+        return bool(create_due_jobs(self.worker.connection) or recovered)
 
     def _claim(self) -> dict[str, Any] | None:
         self._woken = False  # whoever wakes us from here on deserves another look
@@ -197,12 +212,15 @@ class JobHandler:
                                     if self.limit is None else None)
         try:
             job = jobs.JOB_TYPES[row["job_type"]](row["id"], skip_test=not self.with_tests)
+            self.worker.claimed = None
             failed_steps = job.run()
         except jobs.JobTakenOver as exc:
             log.warning("job=%d dropped: %s", row["id"], exc)
         except Exception as exc:
             if self.worker.connection.closed:
                 raise
+            if self.worker.claimed is row:  # the class failed before it looked at the job
+                self.worker.claimed = None
             if not isinstance(exc, jobs.JobRequestError):
                 jobs.refuse(self.worker, row["id"], exc)
             self.failed += 1
@@ -227,6 +245,55 @@ class JobHandler:
         if self._wakeup in ready:
             os.read(self._wakeup, 512)
         return any(file in ready for file in files)
+
+
+# One job for every window that is over. A schedule's row is locked while its jobs are made, and a
+# second handler passes it by (SKIP LOCKED), so no window comes twice; next_start moves in the same
+# statement, so none is lost. Months and days keep their calendar length in the zone of the session.
+# Bounded, so that a schedule left off for years does not fill the table in one transaction.
+DUE_SQL = """
+WITH RECURSIVE schedule AS MATERIALIZED (
+    SELECT *
+      FROM job_schedules
+     WHERE enabled
+       AND next_start + every + delay <= COALESCE(%(now)s, now())
+     ORDER BY id
+       FOR UPDATE SKIP LOCKED
+), period AS (
+    SELECT id, next_start AS from_time, next_start + every AS to_time, 1 AS n
+      FROM schedule
+     UNION ALL
+    SELECT s.id, p.to_time, p.to_time + s.every, p.n + 1
+      FROM period p
+      JOIN schedule s ON s.id = p.id
+     WHERE p.to_time + s.every + s.delay <= COALESCE(%(now)s, now())
+       AND p.n < %(most)s
+), moved AS (
+    UPDATE job_schedules s
+       SET next_start = latest.to_time
+      FROM (SELECT id, max(to_time) AS to_time FROM period GROUP BY id) AS latest
+     WHERE s.id = latest.id
+)
+INSERT INTO job_instances (job_type_id, description, parameters, schedule_id)
+SELECT s.job_type_id, s.description,
+       s.parameters || jsonb_build_object('start', to_char(p.from_time, 'YYYY-MM-DD HH24:MI:SSTZH:TZM'),
+                                          'end',   to_char(p.to_time,   'YYYY-MM-DD HH24:MI:SSTZH:TZM')),
+       s.id
+  FROM period p
+  JOIN schedule s ON s.id = p.id
+ ORDER BY p.from_time, s.id
+RETURNING id
+"""
+
+MOST_WINDOWS = 1000  # per schedule and statement; the next look, a second later, makes the next
+
+
+def create_due_jobs(connection: psycopg.Connection, now: datetime | None = None) -> list[int]:
+    """Create the jobs that schedules owe at `now` (the server's clock), oldest first; return their ids."""
+    ids = [job_id for (job_id,) in connection.execute(DUE_SQL, {"now": now, "most": MOST_WINDOWS})]
+    for job_id in ids:
+        log.info("job=%d created by its schedule", job_id)
+    return ids
 
 
 class Pool:

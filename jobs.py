@@ -113,14 +113,24 @@ def connect(dsn: str | None = None, application_name: str = "performance server"
     """Return an autocommit connection to performance_db, its session in `time_zone()`.
 
     `dsn` overrides $PERFDB_DSN; with neither, libpq's own PG* variables count. Raise
-    `psycopg.OperationalError` if the server cannot be reached or refuses.
+    `psycopg.OperationalError` if the server cannot be reached or refuses, `ValueError` if the
+    connection string or $PERFDB_TIMEZONE makes no sense.
     """
     zone = str(time_zone())
     dsn = dsn or os.environ.get("PERFDB_DSN") or ""
-    given = psycopg.conninfo.conninfo_to_dict(dsn)
+    try:
+        given = psycopg.conninfo.conninfo_to_dict(dsn)
+    except psycopg.ProgrammingError:  # its text may quote a password
+        raise ValueError("--dsn or PERFDB_DSN is no libpq connection string; write it as "
+                         "'host=db1 dbname=performance_db user=perf' or "
+                         "'postgresql://perf@db1/performance_db'") from None
     defaults = {name: value for name, value in KEEPALIVES.items() if name not in given}
     connection = psycopg.connect(dsn, autocommit=True, **defaults)
-    _set_config(connection, {"TimeZone": zone, "application_name": application_name})
+    try:
+        _set_config(connection, {"TimeZone": zone, "application_name": application_name})
+    except psycopg.DataError as exc:
+        connection.close()
+        raise ValueError(f"PERFDB_TIMEZONE: the server says {exc.diag.message_primary}") from None
     # Servers on systems without these refuse them; they are a help, not a need.
     with contextlib.suppress(psycopg.DataError, psycopg.NotSupportedError):
         _set_config(connection, SERVER_SETTINGS)
@@ -168,8 +178,11 @@ ON CONFLICT (id) DO UPDATE
        started     = EXCLUDED.started
 """
 
+# A job that was claimed and not begun is given back with the id.
 LEAVE_SQL = """
-WITH gone AS (
+WITH job AS (
+    UPDATE job_instances SET worker_id = NULL WHERE id = %(claimed_id)s AND worker_id = %(worker_id)s
+), gone AS (
     DELETE FROM job_workers WHERE id = %(worker_id)s RETURNING id
 )
 SELECT set_config('synchronous_commit', 'off', true) FROM gone
@@ -266,7 +279,8 @@ class Worker:
     def close(self) -> None:
         """Give up the id, the lock and the connection."""
         with contextlib.suppress(psycopg.Error):
-            self.connection.execute(LEAVE_SQL, {"worker_id": self.id})
+            claimed_id = self.claimed["id"] if self.claimed else None
+            self.connection.execute(LEAVE_SQL, {"worker_id": self.id, "claimed_id": claimed_id})
         self.connection.close()
 
 
@@ -462,12 +476,22 @@ SELECT (SELECT COALESCE(array_agg(id ORDER BY position), '{}') FROM step) AS ste
   FROM job
 """
 
+# Usually a Created job whose request makes no sense; but whatever goes wrong in a job file, the job
+# ends here and is not left Running in the hands of a worker that has given it up.
 REFUSE_SQL = """
-UPDATE job_instances
-   SET state = 'Failed', finished = clock_timestamp(), comment = %(comment)s, worker_id = NULL
- WHERE id = %(job_id)s
-   AND state IN ('Created', 'Queued')
-   AND (worker_id = %(worker_id)s OR worker_id IS NULL AND state = 'Created')
+WITH job AS (
+    UPDATE job_instances
+       SET state = 'Failed', finished = clock_timestamp(), comment = %(comment)s, worker_id = NULL
+     WHERE id = %(job_id)s
+       AND state IN ('Created', 'Queued', 'Running')
+       AND (worker_id = %(worker_id)s OR worker_id IS NULL AND state = 'Created')
+    RETURNING id
+)
+UPDATE job_steps s
+   SET state = 'Failed', finished = clock_timestamp(), comment = %(comment)s
+  FROM job
+ WHERE s.job_instance_id = job.id
+   AND s.state = 'Running'
 """
 
 BEGUN_CTE = """

@@ -99,9 +99,9 @@ CREATE TABLE IF NOT EXISTS job_schedules (
     enabled      boolean      NOT NULL DEFAULT true,
 
     CONSTRAINT schedule_parameters_are_an_object CHECK (jsonb_typeof(parameters) = 'object'),
-    CONSTRAINT schedule_every_is_positive        CHECK (every > '0'),
-    CONSTRAINT schedule_delay_is_not_negative    CHECK (delay >= '0'),
-    CONSTRAINT schedule_next_start_is_finite     CHECK (isfinite(next_start))
+    CONSTRAINT schedule_every_is_sensible        CHECK (every > '0' AND every <= '100 years'),
+    CONSTRAINT schedule_delay_is_sensible        CHECK (delay >= '0' AND delay <= '100 years'),
+    CONSTRAINT schedule_next_start_is_sensible   CHECK (next_start BETWEEN '1900-01-01 00:00+00' AND '3000-01-01 00:00+00')
 );
 
 COMMENT ON TABLE  job_schedules             IS 'Each row owes one job for every window [next_start, next_start + every), once now() >= next_start + every + delay.';
