@@ -290,7 +290,7 @@ MOST_WINDOWS = 1000  # per schedule and statement; the next look, a second later
 
 def create_due_jobs(connection: psycopg.Connection, now: datetime | None = None) -> list[int]:
     """Create the jobs that schedules owe at `now` (the server's clock), oldest first; return their ids."""
-    ids = [job_id for (job_id,) in connection.execute(DUE_SQL, {"now": now, "most": MOST_WINDOWS})]
+    ids = [job_id for (job_id,) in jobs.query(connection, DUE_SQL, {"now": now, "most": MOST_WINDOWS})]
     for job_id in ids:
         log.info("job=%d created by its schedule", job_id)
     return ids

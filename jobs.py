@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
 import os
 import re
@@ -26,7 +27,7 @@ from datetime import UTC, datetime, timedelta, tzinfo
 from typing import Any, ClassVar
 
 import psycopg
-from psycopg.rows import dict_row
+from psycopg.rows import dict_row, tuple_row
 from psycopg.types.json import Jsonb
 
 log = logging.getLogger(__name__)
@@ -89,11 +90,11 @@ def time_zone() -> tzinfo:
 
 
 def parse_time(text: str) -> datetime:
-    """Return the moment that `text` means, aware, in its own offset or in `time_zone()`.
+    """Return the moment, in UTC, that `text` means in its own offset or in `time_zone()`.
 
     Raise `ValueError` saying why if it is not 'YYYY-MM-DD HH:MM:SS' with an optional UTC offset,
-    if there is no such date, or if the clocks of the zone skip that hour. Of an hour that comes
-    twice the first is taken; write the offset to say which.
+    if there is no such date, or if the clocks of the zone skip that hour; `OverflowError` at the
+    ends of the calendar. Of an hour that comes twice the first is taken; write the offset to say which.
     """
     if not TIME_PATTERN.fullmatch(text):
         raise ValueError("write YYYY-MM-DD HH:MM:SS, with an offset like Z or -03:00 if need be")
@@ -102,8 +103,7 @@ def parse_time(text: str) -> datetime:
         local, moment = moment, moment.replace(tzinfo=time_zone())
         if moment.astimezone(UTC).astimezone(moment.tzinfo).replace(tzinfo=None) != local:
             raise ValueError(f"the clocks of {moment.tzinfo} skip this hour")
-    moment.astimezone(UTC)  # OverflowError at the ends of the calendar
-    return moment
+    return moment.astimezone(UTC)
 
 
 # ------------------------------------------------------------------------------------ connection
@@ -135,6 +135,13 @@ def connect(dsn: str | None = None, application_name: str = "performance server"
     with contextlib.suppress(psycopg.DataError, psycopg.NotSupportedError):
         _set_config(connection, SERVER_SETTINGS)
     return connection
+
+
+def query(connection: psycopg.Connection, sql: str, params: Any = None) -> list[tuple[Any, ...]]:
+    """Run one statement and return its rows as tuples, whatever rows the connection makes."""
+    with connection.cursor(row_factory=tuple_row) as cursor:
+        cursor.execute(sql, params)
+        return cursor.fetchall() if cursor.description else []
 
 
 def _set_config(connection: psycopg.Connection, settings: Mapping[str, str]) -> None:
@@ -367,7 +374,7 @@ def recover(worker: Worker, own: bool = False) -> list[int]:
     Finished steps stay finished; the interrupted one will run again, at most `MAX_DEATHS` times.
     """
     params = {"own": own, "worker_id": worker.id, "max_deaths": MAX_DEATHS}
-    ids = [row[0] for row in worker.connection.execute(RECOVER_SQL, params)]
+    ids = [job_id for (job_id,) in query(worker.connection, RECOVER_SQL, params)]
     for job_id in ids:
         log.warning("job=%d recovered: its worker is gone, the job goes on where it was", job_id)
     return ids
@@ -399,7 +406,7 @@ RETURNING j.id, s.id, pg_terminate_backend(l.pid)
 
 def end_overrun(worker: Worker) -> None:
     """End the sessions of workers that hang in a step, so that `recover` can go on with the job."""
-    for job_id, step_id, _ in worker.connection.execute(END_OVERRUN_SQL, {"worker_id": worker.id}):
+    for job_id, step_id, _ in query(worker.connection, END_OVERRUN_SQL, {"worker_id": worker.id}):
         log.warning("job=%d step=%d ended: a minute past its limit and no sign of life", job_id, step_id)
 
 
@@ -656,8 +663,8 @@ class JobInstance:
             return
         with self._refusing():
             self._check()
-            if not delay_steps_creation:
-                self._create_database_steps()
+        if not delay_steps_creation:
+            self._create_database_steps()
 
     # What a subclass writes.
 
@@ -768,7 +775,7 @@ class JobInstance:
         self._job["state"] = "Queued"
 
     def _load_steps(self) -> None:
-        rows = self.connection.execute(STEPS_SQL, {"job_id": self._job_id}).fetchall()
+        rows = query(self.connection, STEPS_SQL, {"job_id": self._job_id})
         self._job_step_ids = [step_id for step_id, _ in rows]
         self._todo = [step_id for step_id, state in rows if state not in ("Finished", "Failed")]
         self._failed = [step_id for step_id, state in rows if state == "Failed"]
@@ -788,7 +795,7 @@ class JobInstance:
                              "call _create_database_steps first")
         row = self._begin()
         todo, self._todo = self._todo, []
-        for step_id, next_id in zip(todo, [*todo[1:], None], strict=True):
+        for step_id, next_id in itertools.pairwise([*todo, None]):
             if row["cancelled"]:
                 break
             self._step = row
@@ -874,8 +881,7 @@ class JobInstance:
         outcome = self._outcome()
         if cancelled:
             total = len(self._job_step_ids)
-            left = sum(state == "Created" for _, state in
-                       self.connection.execute(STEPS_SQL, {"job_id": self._job_id}))
+            left = sum(state == "Created" for _, state in query(self.connection, STEPS_SQL, self._ids()))
             outcome = {"state": "Failed", "counted": 1,
                        "comment": f"{cancelled}, {left} of {total} steps not run"}
         self._recorded(self._write_end(
@@ -1034,9 +1040,8 @@ def create_job(connection: psycopg.Connection, type_name: str, parameters: dict[
                           priority=priority, run_after=run_after, unique_key=unique_key)
         if ids:
             return ids[0]
-        row = connection.execute(SAME_KEY_SQL, {"unique_key": unique_key}).fetchone()
-        if row:  # else that job has just ended: ask again
-            return row[0]
+        if rows := query(connection, SAME_KEY_SQL, {"unique_key": unique_key}):
+            return rows[0][0]  # else that job has just ended: ask again
 
 
 def create_jobs(connection: psycopg.Connection, type_name: str, parameters: Sequence[dict[str, Any]],
@@ -1046,10 +1051,11 @@ def create_jobs(connection: psycopg.Connection, type_name: str, parameters: Sequ
 
     Raise `JobRequestError` if the type is unknown or any parameters do not fit it.
     """
-    row = connection.execute(TYPE_SQL, [type_name]).fetchone()
-    if row is None:
+    if not (rows := query(connection, TYPE_SQL, [type_name])):
         raise JobRequestError(unknown_type(connection, type_name))
-    type_id, schema = row
+    type_id, schema = rows[0]
+    if type_name in JOB_TYPES:
+        schema = JOB_TYPES[type_name]._parameters_schema
     problems = []
     for number, one in enumerate(parameters):
         found = (parameter_problems(JOB_TYPES[type_name], one) if type_name in JOB_TYPES
@@ -1057,16 +1063,14 @@ def create_jobs(connection: psycopg.Connection, type_name: str, parameters: Sequ
         problems += found if len(parameters) == 1 else [f"job {number}: {problem}" for problem in found]
     if problems:
         raise JobRequestError(explain_parameters(problems, schema))
-    with connection.cursor() as cursor:
-        cursor.execute(CREATE_SQL, {
-            "type_id": type_id, "description": description, "parameters": Jsonb(list(parameters)),
-            "priority": priority, "run_after": run_after, "unique_key": unique_key})
-        return [job_id for (job_id,) in cursor]
+    return [job_id for (job_id,) in query(connection, CREATE_SQL, {
+        "type_id": type_id, "description": description, "parameters": Jsonb(list(parameters)),
+        "priority": priority, "run_after": run_after, "unique_key": unique_key})]
 
 
 def unknown_type(connection: psycopg.Connection, type_name: str) -> str:
     """Return the text that says which job types there are instead of `type_name`."""
-    names = ", ".join(repr(name) for (name,) in connection.execute(TYPE_NAMES_SQL)) or "none"
+    names = ", ".join(repr(name) for (name,) in query(connection, TYPE_NAMES_SQL)) or "none"
     return f"there is no job type {type_name!r}; known: {names} (a new one: jobctl.py init --module NAME)"
 
 
@@ -1077,9 +1081,11 @@ UPDATE job_instances j
    SET cancel_requested = now(),
        state    = CASE WHEN worker_id IS NULL THEN 'Failed' ELSE state END,
        finished = CASE WHEN worker_id IS NULL THEN clock_timestamp() END,
-       comment  = %(comment)s || CASE WHEN worker_id IS NULL THEN
-                      (SELECT format(', %%s of %%s steps not run', count(*) FILTER (WHERE s.state = 'Created'), count(*))
-                         FROM job_steps s WHERE s.job_instance_id = j.id) ELSE '' END
+       comment  = %(comment)s || CASE WHEN worker_id IS NOT NULL THEN '' ELSE (
+                      SELECT format(', %%s of %%s steps not run',
+                                    count(*) FILTER (WHERE s.state = 'Created'), count(*))
+                        FROM job_steps s
+                       WHERE s.job_instance_id = j.id) END
  WHERE id = %(job_id)s
    AND state IN ('Created', 'Queued', 'Running')
 RETURNING state
@@ -1141,8 +1147,8 @@ def retry_job(connection: psycopg.Connection, job_id: int, every_step: bool = Fa
 
 
 def _change(connection: psycopg.Connection, sql: str, params: dict[str, Any], done: str, rule: str) -> str:
-    if row := connection.execute(sql, params).fetchone():
-        return row[0]
-    if row := connection.execute(STATE_SQL, params).fetchone():
-        raise ValueError(f"job {params['job_id']} cannot be {done}: it is {row[0]}; {rule}")
+    if rows := query(connection, sql, params):
+        return rows[0][0]
+    if rows := query(connection, STATE_SQL, params):
+        raise ValueError(f"job {params['job_id']} cannot be {done}: it is {rows[0][0]}; {rule}")
     raise ValueError(f"there is no job {params['job_id']} in job_instances")

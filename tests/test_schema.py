@@ -1,0 +1,113 @@
+"""The tables refuse nonsense, and say of every column what it is."""
+
+import psycopg
+import pytest
+
+TYPE_SQL = "INSERT INTO job_types (name) VALUES ('Noop') RETURNING id"
+JOB_SQL = "INSERT INTO job_instances (job_type_id, description, parameters) VALUES (%s, 'x', '{}') RETURNING *"
+
+
+@pytest.fixture
+def job(conn):
+    return conn.execute(JOB_SQL, [conn.execute(TYPE_SQL).fetchone()["id"]]).fetchone()
+
+
+@pytest.fixture
+def step(conn, job):
+    return conn.execute("INSERT INTO job_steps (job_instance_id, position) VALUES (%s, 1) RETURNING *",
+                        [job["id"]]).fetchone()
+
+
+def test_three_columns_are_a_complete_request(job):
+    assert (job["state"], job["priority"], job["attempts"]) == ("Created", 0, 0)
+    assert job["created"] == job["run_after"] == job["last_state_change"]
+
+
+def test_there_are_five_states_and_no_sixth(conn):
+    names = [r["name"] for r in conn.execute("SELECT name FROM job_states")]
+    assert names == ["Created", "Queued", "Running", "Finished", "Failed"]
+    with pytest.raises(psycopg.errors.CheckViolation):
+        conn.execute("INSERT INTO job_states VALUES ('Paused', '')")
+
+
+@pytest.mark.parametrize(("constraint", "change"), [
+    ("job_state_is_known", "state = 'Paused'"),
+    ("job_finished_means_finished", "state = 'Finished'"),
+    ("job_finished_means_finished", "finished = now()"),
+    ("job_running_means_started", "state = 'Running'"),
+    ("job_parameters_are_an_object", "parameters = '[]'"),
+    ("job_attempts_are_not_negative", "attempts = -1"),
+])
+def test_a_job_cannot_lie(conn, job, constraint, change):
+    with pytest.raises(psycopg.errors.CheckViolation) as exc:
+        conn.execute(f"UPDATE job_instances SET {change}")
+    assert exc.value.diag.constraint_name == constraint
+
+
+@pytest.mark.parametrize(("constraint", "change"), [
+    ("step_state_is_known", "state = 'Paused'"),
+    ("step_finished_means_finished", "state = 'Failed'"),
+    ("step_finished_means_finished", "finished = now()"),
+    ("step_running_means_started", "state = 'Running'"),
+    ("step_parameters_are_an_object", "parameters = '7'"),
+    ("step_position_is_not_negative", "position = -1"),
+    ("step_attempts_are_not_negative", "attempts = -1"),
+])
+def test_a_step_cannot_lie(conn, step, constraint, change):
+    with pytest.raises(psycopg.errors.CheckViolation) as exc:
+        conn.execute(f"UPDATE job_steps SET {change}")
+    assert exc.value.diag.constraint_name == constraint
+
+
+@pytest.mark.parametrize(("constraint", "insert"), [
+    ("schedule_every_is_sensible", "INSERT INTO job_schedules (job_type_id, every, next_start) VALUES (1, '0', now())"),
+    ("schedule_next_start_is_sensible",
+     "INSERT INTO job_schedules (job_type_id, every, next_start) VALUES (1, '1 day', '-infinity')"),
+    ("object_bazefield_id_is_16_hex_digits",
+     "INSERT INTO objects (object_model_id, name, bazefield_id) VALUES (1, 'LAN-01', '12')"),
+    ("feature_sample_interval_is_positive",
+     "INSERT INTO features (object_model_id, name, sample_interval) VALUES (1, 'p', '0')"),
+    ("alarm_period_ends_after_it_starts",
+     "INSERT INTO alarms_history (object_id, alarm_id, start_time, end_time) VALUES (1, 1, now(), now())"),
+])
+def test_the_other_tables_refuse_nonsense_too(conn, constraint, insert):
+    with pytest.raises(psycopg.errors.CheckViolation) as exc:
+        conn.execute(insert)
+    assert exc.value.diag.constraint_name == constraint
+
+
+def test_last_state_change_is_kept_whoever_changes_the_state(conn, job):
+    changed = conn.execute("UPDATE job_instances SET state = 'Queued' RETURNING last_state_change").fetchone()
+    assert changed["last_state_change"] > job["last_state_change"]
+    same = conn.execute("UPDATE job_instances SET comment = 'x' RETURNING last_state_change").fetchone()
+    assert same == changed
+
+
+UNCOMMENTED_SQL = """
+SELECT c.relname, a.attname
+  FROM pg_class c
+  JOIN pg_attribute a ON a.attrelid = c.oid AND (a.attnum > 0 OR a.attnum = -1) AND NOT a.attisdropped
+ WHERE c.relkind IN ('r', 'v')
+   AND c.relnamespace = current_schema()::regnamespace
+   AND (   c.relkind = 'r' AND a.attnum > 0 AND col_description(c.oid, a.attnum) IS NULL
+        OR a.attnum = -1 AND obj_description(c.oid, 'pg_class') IS NULL)
+"""
+
+
+def test_every_table_and_column_has_a_comment(conn):
+    assert conn.execute(UNCOMMENTED_SQL).fetchall() == []
+
+
+def test_the_view_tells_how_far_a_job_is(conn, job):
+    conn.execute("UPDATE job_instances SET state = 'Running', started = now() - interval '1 min'")
+    conn.execute("""
+        INSERT INTO job_steps (job_instance_id, position, name, state, started, finished) VALUES
+        (%(job)s, 1, 'a', 'Finished', now(), now()),
+        (%(job)s, 2, 'b', 'Failed', now(), now()),
+        (%(job)s, 3, 'c', 'Running', now(), NULL),
+        (%(job)s, 4, 'd', 'Created', NULL, NULL)""", {"job": job["id"]})
+    line = conn.execute("SELECT * FROM v_job_instances").fetchone()
+    assert (line["job_type"], line["running_step"], line["progress"]) == ("Noop", "c", 0.5)
+    assert (line["steps_total"], line["steps_done"], line["steps_failed"]) == (4, 1, 1)
+    assert line["running_time"].total_seconds() >= 60
+    assert line["running_step_since"] is not None
