@@ -89,7 +89,8 @@ WITH rule AS MATERIALIZED (
      WHERE s.id = %(step_id)s
        AND a.trigger->>'trigger_type' = 'threshold'
        AND a.trigger->>'threshold_type' IN ('high', 'low')
-       AND jsonb_typeof(a.trigger->'threshold_value') = 'number'
+       AND CASE WHEN jsonb_typeof(a.trigger->'threshold_value') = 'number'
+                THEN abs((a.trigger->>'threshold_value')::numeric) <= 1e300 END
        AND NOT EXISTS (
              SELECT FROM job_steps other
               WHERE other.job_instance_id = s.job_instance_id

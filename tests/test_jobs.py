@@ -345,10 +345,16 @@ def test_a_transactional_step_that_was_taken_over_leaves_nothing(insert, steps, 
     assert [s["state"] for s in steps(job.job_id)] == ["Running", "Created"]
 
 
+def wait_for_an_answer_that_never_comes():
+    near, far = socket.socketpair()
+    with near, far:
+        return near.recv(1)
+
+
 @pytest.mark.parametrize("hang", [
     pytest.param(lambda job: time.sleep(60), id="in Python"),
     pytest.param(lambda job: job.connection.execute("SELECT pg_sleep(60)"), id="in a query"),
-    pytest.param(lambda job: socket.socketpair()[0].recv(1), id="in a socket"),
+    pytest.param(lambda job: wait_for_an_answer_that_never_comes(), id="in a socket"),
 ])
 def test_a_step_past_its_limit_is_failed_and_the_others_run(insert, steps, conn, hang):
     class Hanging(sample_jobs.Scripted):
