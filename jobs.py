@@ -158,6 +158,7 @@ WITH worker AS (
 )
 SELECT id,
        pg_advisory_lock('job_workers'::regclass::oid::int, id::int),
+       set_config('application_name', 'performance server worker ' || id, false) AS idle_name,
        set_config('synchronous_commit', 'off', true)
   FROM worker
 """
@@ -250,8 +251,9 @@ class Worker:
         #: the job that claim got, until somebody takes it
         self.claimed: dict[str, Any] | None = None
         self.connection = connect(dsn)
-        self.id: int = self.one(REGISTER_SQL, self._process())["id"]
-        self.idle_name = f"performance server worker {self.id}"
+        row = self.one(REGISTER_SQL, self._process())
+        self.id: int = row["id"]
+        self.idle_name: str = row["idle_name"]
 
     def _process(self) -> dict[str, Any]:
         return {"host": socket.gethostname(), "pid": os.getpid()}
