@@ -1,0 +1,35 @@
+"""What README.md shows is what the files do."""
+
+import re
+from pathlib import Path
+
+import jobs
+from park import MIDNIGHT, add_samples, every_ten_minutes, make_park
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_job_type_of_ones_own_is_whole_short_and_runs(conn, run_handler, tmp_path):
+    source = re.search(r"```python\n(\"\"\"Sample Count.*?)```", README, re.DOTALL)[1]
+    assert source == (ROOT / "examples" / "sample_count.py").read_text()
+    assert source.count("\n") <= 40
+    (tmp_path / "sample_count.py").write_text(source)
+
+    make_park(conn)
+    add_samples(conn, every_ten_minutes([5.0] * 6))
+    run_handler("--once", "--module", "sample_count", env={"PYTHONPATH": str(tmp_path)})  # writes the type
+    conn.execute("INSERT INTO job_instances (job_type_id, description, parameters) "
+                 "SELECT id, 'how many', %s FROM job_types WHERE name = 'Sample Count'",
+                 [jobs.Jsonb({"object_names": ["LAN-01", "LAN-02"], "feature": "wind_speed",
+                              "start": f"{MIDNIGHT:%F %T}", "end": "2026-03-02 00:00:00"})])
+    run_handler("--once", "--module", "sample_count", env={"PYTHONPATH": str(tmp_path)}, expect=1)
+    steps = conn.execute("SELECT state, result, comment FROM job_steps ORDER BY position").fetchall()
+    assert [tuple(s.values()) for s in steps] == [
+        ("Finished", {"samples": 6}, None),
+        ("Failed", None, "no samples of 'wind_speed' in this period")]
+
+
+def test_the_files_named_in_the_readme_exist():
+    for name in re.findall(r"`([a-z_]+\.(?:py|sql|md)|examples/[a-z_.]+)`", README):
+        assert (ROOT / name).exists(), name
