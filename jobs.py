@@ -164,16 +164,18 @@ SELECT id,
 """
 
 # Our own former session may still hold the lock, if the server has not noticed that its client is
-# gone. Only the holder is ended, by its lock: process ids are used again.
+# gone. It must be both the holder and our backend_pid: process ids are used again, and somebody who
+# recovers our jobs holds the lock for a moment too.
 END_FORMER_SESSION_SQL = """
-SELECT pg_terminate_backend(pid)
-  FROM pg_locks
- WHERE locktype = 'advisory'
-   AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
-   AND classid = 'job_workers'::regclass::oid
-   AND objid = %(worker_id)s::bigint::int::oid
-   AND objsubid = 2
-   AND pid <> pg_backend_pid()
+SELECT pg_terminate_backend(l.pid)
+  FROM pg_locks l
+  JOIN job_workers w ON w.id = l.objid::bigint AND w.backend_pid = l.pid
+ WHERE w.id = %(worker_id)s
+   AND l.locktype = 'advisory'
+   AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+   AND l.classid = 'job_workers'::regclass::oid
+   AND l.objsubid = 2
+   AND l.pid <> pg_backend_pid()
 """
 
 LOCK_SQL = "SELECT pg_advisory_lock('job_workers'::regclass::oid::int, %(worker_id)s::bigint::int)"
@@ -206,7 +208,7 @@ open_type AS MATERIALIZED (
     SELECT id, name, max_attempts, retry_delay, step_timeout
       FROM job_types
      WHERE name = ANY(%(types)s)
-       AND job_type_has_room(id, max_running)
+       AND (max_running IS NULL OR job_type_has_room(id, max_running))
 ), candidate AS (
     SELECT id
       FROM job_instances
@@ -391,14 +393,15 @@ UPDATE job_steps s
                         'worker did not react; its connection was ended.', t.step_timeout)
   FROM job_instances j
   JOIN job_types t ON t.id = j.job_type_id
+  JOIN job_workers w ON w.id = j.worker_id
   JOIN pg_locks l ON l.locktype = 'advisory'
                  AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
                  AND l.classid = 'job_workers'::regclass::oid
-                 AND l.objid = j.worker_id::int::oid
+                 AND l.objid::bigint = w.id
                  AND l.objsubid = 2
                  AND l.granted
- WHERE j.worker_id IS NOT NULL
-   AND j.worker_id <> %(worker_id)s
+                 AND l.pid = w.backend_pid  -- not somebody who recovers it at this moment
+ WHERE j.worker_id <> %(worker_id)s
    AND s.job_instance_id = j.id
    AND s.state = 'Running'
    AND s.started + t.step_timeout + interval '1 minute' < clock_timestamp()
