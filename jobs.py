@@ -234,7 +234,7 @@ open_type AS MATERIALIZED (
 CLAIM_SQL = f"""
 WITH {CLAIM_CTE}
 SELECT claimed.*, set_config('synchronous_commit', 'off', true) FROM claimed
-"""
+"""  # noqa: S608
 
 
 class Worker:
@@ -538,7 +538,7 @@ SELECT job.comment AS cancelled, begun.*,
        set_config('application_name', %(application_name)s, false),
        set_config('synchronous_commit', 'off', true)
   FROM job LEFT JOIN begun ON true
-"""
+"""  # noqa: S608
 
 ENDED_CTE = """
 ended AS (
@@ -566,7 +566,7 @@ WITH job AS (
 ), {ENDED_CTE}, {BEGUN_CTE}
 SELECT CASE WHEN job.cancel_requested IS NOT NULL THEN job.comment END AS cancelled, begun.*
   FROM job LEFT JOIN begun ON true
-"""
+"""  # noqa: S608
 
 # The last step ends (step_id NULL: none was running) and the job with it. again: the failed steps,
 # and only they, wait for another attempt; with the one that just failed, whose row ENDED_CTE writes.
@@ -600,19 +600,19 @@ job AS (
       JOIN job_types t ON t.id = job.job_type_id
      WHERE j.id = job.id
     RETURNING j.id AS closed_id
-)"""
+)"""  # noqa: S608
 
 END_SQL = f"""
 WITH {END_CTE}
 SELECT closed_id, set_config('application_name', %(application_name)s, false) FROM closed
-"""
+"""  # noqa: S608
 
 END_AND_CLAIM_SQL = f"""
 WITH {END_CTE}, {CLAIM_CTE}
 SELECT (SELECT closed_id FROM closed), claimed.*,
        set_config('application_name', %(application_name)s, false)
   FROM (VALUES (1)) AS always LEFT JOIN claimed ON true
-"""
+"""  # noqa: S608
 
 
 class JobInstance:

@@ -1,14 +1,13 @@
 """Alarm Calculation against the same calculation in plain Python."""
 
 import csv
+import itertools
 import math
 import random
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-import alarm_calc
-import jobs
 import pytest
 from helpers import wait_for
 from park import (
@@ -22,6 +21,9 @@ from park import (
     trigger,
     without,
 )
+
+import alarm_calc
+import jobs
 
 NAN = math.nan
 DAY = timedelta(days=1)
@@ -248,7 +250,7 @@ def random_cuts(rng, start, end, n):
     seconds = int((end - start).total_seconds())
     cuts = sorted({0, seconds, *(rng.randrange(1, seconds) for _ in range(n - 1))})
     windows = [(start + timedelta(seconds=a), start + timedelta(seconds=b))
-               for a, b in zip(cuts, cuts[1:], strict=False)]
+               for a, b in itertools.pairwise(cuts)]
     rng.shuffle(windows)
     return windows
 

@@ -3,12 +3,13 @@
 import signal
 import threading
 
-import handler
-import jobs
 import psycopg
 import pytest
 import sample_jobs
 from helpers import wait_for
+
+import handler
+import jobs
 
 SAMPLES = ("--module", "sample_jobs")
 

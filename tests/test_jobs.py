@@ -58,7 +58,8 @@ def test_a_job_is_queued_with_its_steps_and_then_run(insert, row, steps):
     assert job.parameters == {"steps": ["ok", "fine"]}
     assert row(job_id)["state"] == "Queued"
     assert job.job_step_ids == [s["id"] for s in steps(job_id)]
-    assert [(s["position"], s["name"], s["state"]) for s in steps(job_id)] == [(1, "ok", "Created"), (2, "fine", "Created")]
+    assert [(s["position"], s["name"], s["state"]) for s in steps(job_id)] == [
+        (1, "ok", "Created"), (2, "fine", "Created")]
 
     assert job.run() == []
     done = row(job_id)
@@ -185,7 +186,7 @@ def test_steps_may_be_created_later(insert, row, steps):
 
     job = Late(insert())
     assert (row(job.job_id)["state"], steps(job.job_id), job.job_step_ids) == ("Created", [], None)
-    with pytest.raises(ValueError, match="steps of job .* are not created"):
+    with pytest.raises(ValueError, match=r"steps of job .* are not created"):
         job.run()
     job._create_database_steps()
     assert row(job.job_id)["state"] == "Queued"
@@ -219,7 +220,8 @@ def test_a_job_somebody_else_took_meanwhile_is_not_written_to(insert, row, conn)
     ({"steps": "ok", "wind": 3}, ["$.steps: 'ok' is not of type 'array'",
                                   "$: Additional properties are not allowed ('wind' was unexpected)"]),
     ({"steps": ["ok", 7]}, ["$.steps[1]: 7 is not of type 'string'"]),
-    ({"steps": [], "start": "2026-02-30 00:00:00"}, ["$.start: '2026-02-30 00:00:00'", "day is out of range for month"]),
+    ({"steps": [], "start": "2026-02-30 00:00:00"},
+     ["$.start: '2026-02-30 00:00:00'", "day is out of range for month"]),
     ({"steps": [], "start": "yesterday"}, ["$.start: 'yesterday'", "YYYY-MM-DD HH:MM:SS"]),
     ({"steps": [], "start": PERIOD["end"], "end": PERIOD["end"]},
      ["$.end: '2026-04-01 00:00:00' is not after $.start '2026-04-01 00:00:00'"]),
@@ -267,7 +269,8 @@ def test_many_jobs_are_created_all_or_none_in_order(worker, conn):
     good = [{"steps": [str(n)]} for n in range(500)]
     ids = jobs.create_jobs(worker.connection, "Scripted", good)
     assert ids == sorted(ids)
-    assert conn.execute("SELECT parameters FROM job_instances WHERE id = %s", [ids[7]]).fetchone()["parameters"] == good[7]
+    seventh = conn.execute("SELECT parameters FROM job_instances WHERE id = %s", [ids[7]]).fetchone()
+    assert seventh["parameters"] == good[7]
     with pytest.raises(JobRequestError, match=r"job 1: \$: 'steps' is a required property"):
         jobs.create_jobs(worker.connection, "Scripted", [good[0], {}])
     assert conn.execute("SELECT count(*) FROM job_instances").fetchone()["count"] == 500

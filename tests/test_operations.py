@@ -3,15 +3,17 @@
 import re
 from pathlib import Path
 
-import alarm_calc  # noqa: F401  its type
-import jobs
 import psycopg
 import pytest
 from park import add_samples, every_ten_minutes, make_park
 from psycopg.conninfo import make_conninfo
 
+import alarm_calc  # noqa: F401  its type
+import jobs
+
 ROOT = Path(__file__).parents[1]
-GRANTS = re.search(r"```sql\n(CREATE ROLE.*?)```", (ROOT / "OPERATIONS.md").read_text(), re.DOTALL)[1]
+OPERATIONS = (ROOT / "OPERATIONS.md").read_text()
+GRANTS = re.search(r"```sql\n(CREATE ROLE.*?)```", OPERATIONS, re.DOTALL)[1]
 PARAMETERS = {"object_names": ["LAN-01"], "alarm_ids": [111],
               "start": "2026-03-01 00:00:00", "end": "2026-03-02 00:00:00"}
 
@@ -80,7 +82,6 @@ def test_the_dashboard_queries_run(conn):
             conn.execute(query)
 
 
-@pytest.mark.parametrize("statement", [
-    s for s in re.findall(r"`(SELECT [^`]*|UPDATE [^`]*)`", (ROOT / "OPERATIONS.md").read_text())])
+@pytest.mark.parametrize("statement", re.findall("`((?:SELECT|UPDATE) [^`]*)`", OPERATIONS))
 def test_the_statements_in_the_text_run(conn, statement):
     conn.execute(statement)

@@ -3,8 +3,9 @@
 import re
 from pathlib import Path
 
-import jobs
 from park import MIDNIGHT, add_samples, every_ten_minutes, make_park
+
+import jobs
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -1,14 +1,16 @@
 """Schedules: every window gets exactly one job, whoever looks, whenever."""
 
+import itertools
 import threading
 from datetime import UTC, datetime, timedelta
 from zoneinfo import ZoneInfo
 
-import handler
-import jobs
 import pytest
 import sample_jobs  # noqa: F401  the types Noop and Scripted
 from helpers import wait_for
+
+import handler
+import jobs
 
 
 @pytest.fixture
@@ -96,7 +98,7 @@ def test_two_years_of_windows_keep_their_calendar_length(conn, dsn, schedule, wi
 
     found = sorted(windows())
     assert len(found) == count
-    assert all(a[1] == b[0] for a, b in zip(found, found[1:], strict=False))  # none lost, none twice
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(found))  # none lost, none twice
     assert all(t.astimezone(here).hour == 0 for window in found for t in window)
     lengths = {end - start for start, end in found}
     if every == "1 day":

@@ -1,0 +1,195 @@
+"""Fixtures: a PostgreSQL for the run, an empty database for each test, handlers in it.
+
+The server is our own (embedded_pg.py), or the one PERFDB_TEST_DSN names, whose user must
+be allowed to create databases; tests that restart the server are then skipped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import embedded_pg
+import psycopg
+import pytest
+from helpers import wait_for as wait_for  # for tests that import it from here
+from psycopg import sql
+from psycopg.conninfo import make_conninfo
+from psycopg.rows import dict_row
+
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+TEST_DSN = os.environ.get("PERFDB_TEST_DSN", "")
+
+HANDLER_SECONDS = 60  # a test's handler has little to do
+
+# Tests end PostgreSQL's processes, never the machine: what a process has written the kernel
+# keeps, so nothing is lost without fsync, and a database is made twice as fast.
+SERVER_SETTINGS = {"fsync": "off", "full_page_writes": "off"}
+
+# A name of our own, so that two runs may share the server of PERFDB_TEST_DSN.
+DATABASE = f"perfdb_test_{secrets.token_hex(4)}"
+DATABASE_NUMBERS = itertools.count(1)
+
+
+class GivenServer:
+    """The server of PERFDB_TEST_DSN: like `embedded_pg.Server`, but not ours to restart."""
+
+    def dsn(self, dbname: str = "", **extra: Any) -> str:
+        return make_conninfo(TEST_DSN, **({"dbname": dbname} if dbname else {}) | extra)
+
+    @property
+    def pid(self) -> NoReturn:
+        pytest.skip("needs a server of its own: unset PERFDB_TEST_DSN")
+
+    def restart(self, mode: str = "immediate") -> NoReturn:
+        pytest.skip("restarts the server: unset PERFDB_TEST_DSN")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Start from a clean environment, and leave nothing in the shared temporary directory."""
+    for name in list(os.environ):
+        if name.startswith(("PERFDB_", "BAZEFIELD_", "PG")) and not name.startswith("PERFDB_TEST_"):
+            del os.environ[name]
+    if config.option.basetemp is None:
+        config.option.basetemp = tempfile.mkdtemp(prefix="perfdb-test-")
+        config.add_cleanup(lambda: shutil.rmtree(config.option.basetemp, ignore_errors=True))
+    # A cancelled run ends its handlers too, as Ctrl-C does.
+    signal.signal(signal.SIGTERM, lambda *_: pytest.exit("terminated", returncode=143))
+
+
+def pytest_report_header() -> str:
+    if TEST_DSN:
+        with psycopg.connect(TEST_DSN) as conn:
+            return f"server: PERFDB_TEST_DSN, PostgreSQL {conn.info.parameter_status('server_version')}"
+    postgres = embedded_pg.find_programs() / "postgres"
+    return f"server: embedded, {subprocess.check_output([postgres, '--version'], text=True).strip()}"
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[embedded_pg.Server | GivenServer]:
+    if TEST_DSN:
+        yield GivenServer()
+    else:
+        with embedded_pg.Server(SERVER_SETTINGS) as server:
+            yield server
+
+
+@pytest.fixture(scope="session")
+def template(server) -> Iterator[str]:
+    """The name of a database with the tables of schema.sql, to copy for each test."""
+    schema = (ROOT / "schema.sql").read_text()
+    create_database(server, DATABASE, "template0")
+    with psycopg.connect(server.dsn(DATABASE), autocommit=True) as conn:
+        conn.execute(schema)
+        conn.execute(schema)  # must be safe to apply again
+    yield DATABASE
+    drop_database(server, DATABASE)
+
+
+@pytest.fixture
+def dsn(server, template, monkeypatch) -> Iterator[str]:
+    """A connection string to a database of the test's own, in PERFDB_DSN too."""
+    name = f"{template}_{next(DATABASE_NUMBERS)}"
+    create_database(server, name, template)
+    monkeypatch.setenv("PERFDB_DSN", server.dsn(name))
+    yield server.dsn(name)
+    drop_database(server, name)
+
+
+@pytest.fixture
+def conn(dsn) -> Iterator[psycopg.Connection[dict[str, Any]]]:
+    """A connection as the handler opens it: autocommit, rows as dicts."""
+    with psycopg.connect(dsn, autocommit=True, row_factory=dict_row) as conn:
+        yield conn
+
+
+@pytest.fixture
+def start_handler(dsn, tmp_path):
+    """Start `handler.py` with these arguments; it and its workers are killed after the test.
+
+    What it prints goes to the file `log` of the Popen that is returned.
+    """
+    started = []
+
+    def start(*args: object, env: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
+        log = tmp_path / f"handler-{len(started) + 1}.log"
+        with log.open("wb") as file:
+            started.append(popen_handler(args, env, tmp_path, stdout=file, stderr=file))
+        started[-1].log = log
+        return started[-1]
+
+    yield start
+    for process in started:
+        kill_group(process)
+        print(f"handler {process.args[2:]}, status {process.wait()}:", process.log.read_text())
+
+
+@pytest.fixture
+def run_handler(dsn, tmp_path):
+    """Run `handler.py` with these arguments to its end, and check its exit status."""
+
+    def run(*args: object, expect: int = 0,
+            env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        # Files, not pipes: a worker left behind would hold a pipe open, and us.
+        with (tempfile.TemporaryFile("w+", dir=tmp_path) as out,
+              tempfile.TemporaryFile("w+", dir=tmp_path) as err):
+            process = popen_handler(args, env, tmp_path, stdout=out, stderr=err)
+            try:
+                process.wait(HANDLER_SECONDS)
+            except subprocess.TimeoutExpired:
+                expect = 0  # the status of the kill is shown below
+            finally:
+                kill_group(process)
+                process.wait()
+            out.seek(0)
+            err.seek(0)
+            done = subprocess.CompletedProcess(process.args, process.returncode,
+                                               out.read(), err.read())
+        assert done.returncode == expect, (
+            f"handler {' '.join(done.args[2:])}: status {done.returncode}, expected {expect}\n"
+            f"{done.stdout}{done.stderr}"
+        )
+        return done
+
+    return run
+
+
+def popen_handler(args, env, cwd, **files) -> subprocess.Popen[bytes]:
+    """Start handler.py away from its own directory, as cron does, in a group of its own."""
+    path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "handler.py"), *map(str, args)], cwd=cwd,
+        env=os.environ | {"PYTHONPATH": path} | (env or {}),
+        stdin=subprocess.DEVNULL, start_new_session=True, **files,
+    )
+
+
+def kill_group(process: subprocess.Popen[bytes]) -> None:
+    """Kill `process`, if it still runs, and what it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def create_database(server, name: str, template: str) -> None:
+    with psycopg.connect(server.dsn(), autocommit=True) as conn:
+        query = "CREATE DATABASE {} TEMPLATE {}"
+        if conn.info.server_version >= 150000:
+            query += " STRATEGY file_copy"  # wal_log, the default, takes twice as long
+        conn.execute(sql.SQL(query).format(sql.Identifier(name), sql.Identifier(template)))
+
+
+def drop_database(server, name: str) -> None:
+    with psycopg.connect(server.dsn(), autocommit=True) as conn:
+        conn.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))

@@ -1,0 +1,23 @@
+"""What tests share that is not a fixture."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def wait_for(condition: Callable[[], T], timeout: float = 20, what: str = "") -> T:
+    """Call `condition` until it returns something true, and return that.
+
+    Raise `AssertionError` after `timeout` seconds, naming `what` was waited for.
+    """
+    deadline = time.monotonic() + timeout
+    while not (result := condition()):
+        if time.monotonic() > deadline:
+            what = what or getattr(condition, "__qualname__", repr(condition))
+            raise AssertionError(f"waited {timeout} s for {what}; the last answer was {result!r}")
+        time.sleep(0.01)
+    return result
