@@ -33,7 +33,7 @@ import jobs
 log = logging.getLogger("handler")
 
 # The job files. A new job type is one file and its name here (or --module NAME).
-JOB_MODULES = ["alarm_calc"]
+JOB_MODULES = ["alarm_calc", "baze_tag_delete", "baze_insert_alloc"]
 
 OK, JOBS_FAILED, USAGE, NO_DATABASE = 0, 1, 2, 3  # exit status; 2 is argparse's
 
@@ -221,8 +221,7 @@ class JobHandler:
                 raise
             if self.worker.claimed is row:  # the class failed before it looked at the job
                 self.worker.claimed = None
-            if not isinstance(exc, jobs.JobRequestError):
-                jobs.refuse(self.worker, row["id"], exc)
+            jobs.refuse(self.worker, row["id"], exc)  # unless that has been done
             self.failed += 1
         else:
             self.failed += job.state == "Failed"

@@ -498,12 +498,14 @@ WITH job AS (
        AND state IN ('Created', 'Queued', 'Running')
        AND (worker_id = %(worker_id)s OR worker_id IS NULL AND state = 'Created')
     RETURNING id
+), step AS (
+    UPDATE job_steps s
+       SET state = 'Failed', finished = clock_timestamp(), comment = %(comment)s
+      FROM job
+     WHERE s.job_instance_id = job.id
+       AND s.state = 'Running'
 )
-UPDATE job_steps s
-   SET state = 'Failed', finished = clock_timestamp(), comment = %(comment)s
-  FROM job
- WHERE s.job_instance_id = job.id
-   AND s.state = 'Running'
+SELECT id FROM job
 """
 
 BEGUN_CTE = """
@@ -923,14 +925,13 @@ class JobInstance:
 
 
 def refuse(worker: Worker, job_id: int, exc: Exception) -> None:
-    """Fail a job that cannot be turned into steps, with the explanation as its comment."""
+    """Fail a job that cannot be turned into steps, with the explanation as its comment; once."""
     known = isinstance(exc, JobRequestError)
-    log.error("job=%d state=Failed: %s", job_id, exc or type(exc).__name__, exc_info=None if known else exc)
     comment = str(exc) if known else f"Unknown error, please check the logs: {exc or type(exc).__name__}"
     if worker.connection.info.transaction_status:
         worker.connection.rollback()
-    worker.connection.execute(REFUSE_SQL, {
-        "job_id": job_id, "worker_id": worker.id, "comment": clean(comment)})
+    if worker.one(REFUSE_SQL, {"job_id": job_id, "worker_id": worker.id, "comment": clean(comment)}):
+        log.error("job=%d state=Failed: %s", job_id, exc or type(exc).__name__, exc_info=None if known else exc)
 
 
 def clean(text: str) -> str:
