@@ -1,12 +1,14 @@
 """Job types for the tests: python handler.py --module sample_jobs."""
 
+import os
+import signal
 import time
 
 from jobs import TIME, JobInstance, JobRequestError, JobStepError
 
 
 class Scripted(JobInstance):
-    """Do what the parameters say: `steps` is a list of "ok", "error", "crash", "sleep" or "open"."""
+    """Do what the parameters say: `steps` is a list of "ok", "error", "crash", "sleep", "kill" ..."""
 
     _name = "Scripted"
     _parameters_schema = {
@@ -32,6 +34,10 @@ class Scripted(JobInstance):
             return {"x": 1 / 0}
         if what == "sleep":
             time.sleep(self.parameters.get("sleep", 60))
+        if what == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if what == "disk full":
+            self.connection.execute("DO $$ BEGIN RAISE disk_full; END $$")
         if what == "open":
             self.connection.execute("BEGIN")
         if what == "exit":
