@@ -4,9 +4,10 @@
     python jobctl.py create "Alarm Calculation" -d "March" '{"object_names": ["LAN-01"], ...}'
     python jobctl.py list --state Failed
     python jobctl.py show 42
+    python jobctl.py doctor
 
 The database is $PERFDB_DSN (or libpq's PG* variables), times are in $PERFDB_TIMEZONE (UTC).
-Exit status: 0 done; 1 refused or failed; 2 wrong usage; 3 no database or no tables.
+Exit status: 0 done; 1 refused, failed, or doctor found something; 2 wrong usage; 3 no database or no tables.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -50,7 +53,17 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[Any]], width: int | None
         joined = "  ".join(v.rjust(w) if r else v.ljust(w)
                            for v, w, r in zip(values, widths, right, strict=True)).rstrip()
         return joined if len(joined) + 2 <= width else joined[:width - 3] + "…"
-    return "\n".join("  " + line(row) for row in [list(heads), ["-" * w for w in widths], *cells])
+    return paint("\n".join("  " + line(row) for row in [list(heads), ["-" * w for w in widths], *cells]))
+
+
+COLOURS = {"Failed": 31, "Running": 36, "Finished": 32}
+
+
+def paint(text_: str) -> str:
+    """Colour the states, on a terminal only and not with $NO_COLOR."""
+    if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
+        return text_
+    return re.sub(r"\b(Failed|Running|Finished)\b", lambda m: f"\x1b[{COLOURS[m[0]]}m{m[0]}\x1b[0m", text_)
 
 
 def text(value: Any) -> str:
@@ -106,10 +119,14 @@ def create(connection: psycopg.Connection, args: argparse.Namespace) -> int:
     run_after = jobs.parse_time(args.run_after) if args.run_after else None
     print(jobs.create_job(connection, args.type, read_parameters(args), args.description, priority=args.priority,
                           run_after=run_after, unique_key=args.unique_key))
-    if "test" in args.description.lower():
-        print('jobctl: the description contains "test", so the handler passes this job over '
-              "(unless it runs --with-tests)", file=sys.stderr)
+    warn_test(args.description)
     return OK
+
+
+def warn_test(description: str) -> None:
+    if "test" in description.lower():
+        print('jobctl: the description contains "test", so the handler passes such a job over '
+              "(unless it runs --with-tests)", file=sys.stderr)
 
 
 def read_parameters(args: argparse.Namespace) -> dict[str, Any]:
@@ -174,14 +191,23 @@ def mark_test(row: dict[str, Any]) -> str:
 
 
 JOB_SQL = "SELECT * FROM v_job_instances WHERE id = %(id)s"
-STEPS_SQL = "SELECT * FROM v_job_steps WHERE job_instance_id = %(id)s ORDER BY position"
+STEPS_SQL = """
+SELECT * FROM (
+    SELECT *
+      FROM v_job_steps
+     WHERE job_instance_id = %(id)s
+     ORDER BY state = 'Failed' DESC, state = 'Running' DESC, position
+     LIMIT %(limit)s) AS shown
+ ORDER BY position
+"""
 
 
 def show(connection: psycopg.Connection, args: argparse.Namespace) -> int:
     """Print a job and its steps."""
     if not (found := rows_of(connection, JOB_SQL, {"id": args.id})):
         raise Refused(f"there is no job {args.id}; python jobctl.py list shows the latest")
-    job, steps = found[0], rows_of(connection, STEPS_SQL, {"id": args.id})
+    job = found[0]
+    steps = rows_of(connection, STEPS_SQL, {"id": args.id, "limit": None if args.json else args.steps})
     if args.json:
         print_json({"job": job, "steps": steps})
         return OK
@@ -194,6 +220,8 @@ def show(connection: psycopg.Connection, args: argparse.Namespace) -> int:
     print(table(["step", "name", "state", "ran", "tries", "result", "comment"], [
         (s["position"], s["name"], s["state"], s["running_time"], s["attempts"], s["result"], s["comment"])
         for s in steps]))
+    if more := job["steps_total"] - len(steps):
+        print(f"\n  {more} more steps are not shown; --steps {job['steps_total']} shows all, failed ones come first")
     return OK
 
 
@@ -206,9 +234,9 @@ def types(connection: psycopg.Connection, args: argparse.Namespace) -> int:
     if args.json:
         print_json(rows)
         return OK
-    print(table(["id", "name", "parameters", "attempts", "step limit", "at once"], [
-        (r["id"], r["name"], ", ".join(r["parameters_schema"].get("properties", {})), r["max_attempts"],
-         r["step_timeout"], r["max_running"]) for r in rows]))
+    print(table(["id", "name", "attempts", "step limit", "at once", "parameters"], [
+        (r["id"], r["name"], r["max_attempts"], r["step_timeout"], r["max_running"],
+         ", ".join(sorted(r["parameters_schema"].get("properties", {})))) for r in rows]))
     return OK
 
 
@@ -224,6 +252,207 @@ def retry(connection: psycopg.Connection, args: argparse.Namespace) -> int:
     """Have the failed steps of ended jobs run again."""
     for job_id in args.id:
         print(f"job {job_id} is {jobs.retry_job(connection, job_id, args.all)} again")
+    return OK
+
+
+BATCH = 200  # jobs deleted per commit
+
+# Oldest first, past what the last batch has seen; a job somebody has locked is left for the next time.
+PRUNE_SQL = """
+WITH doomed AS (
+    SELECT id
+      FROM job_instances
+     WHERE id > %(after)s
+       AND state IN ('Finished', 'Failed')
+       AND finished < now() - %(age)s::interval
+     ORDER BY id
+     LIMIT %(batch)s
+       FOR UPDATE SKIP LOCKED
+), gone AS (
+    DELETE FROM job_instances j USING doomed WHERE j.id = doomed.id
+)
+SELECT id FROM doomed
+"""
+
+COUNT_OLD_SQL = """
+SELECT count(*)
+  FROM job_instances
+ WHERE state IN ('Finished', 'Failed')
+   AND finished < now() - %(age)s::interval
+"""
+
+
+def prune(connection: psycopg.Connection, args: argparse.Namespace) -> int:
+    """Delete jobs that ended long ago, and their steps."""
+    if args.dry_run:
+        print(f"{jobs.query(connection, COUNT_OLD_SQL, {'age': args.older_than})[0][0]} jobs would be deleted")
+        return OK
+    after, count = 0, 0
+    while ids := jobs.query(connection, PRUNE_SQL, {"after": after, "age": args.older_than, "batch": BATCH}):
+        after, count = max(ids)[0], count + len(ids)
+    print(f"{count} jobs deleted")
+    return OK
+
+
+# Waiting and running jobs come from the two partial indexes, ended ones from the BRIN index on finished.
+STATS_SQL = """
+SELECT t.name AS job_type, w.waiting, w.oldest_waiting, r.running, e.ended, e.failed,
+       e.ended / GREATEST(extract(epoch FROM %(since)s::interval) / 3600, 1e-6)::float8 AS per_hour,
+       e.failed::float8 / NULLIF(e.ended, 0) AS failure_rate, e.mean_running_time
+  FROM job_types t
+ CROSS JOIN LATERAL (
+        SELECT count(*) AS waiting, now() - min(GREATEST(created, run_after)) AS oldest_waiting
+          FROM job_instances
+         WHERE state IN ('Created', 'Queued') AND worker_id IS NULL AND job_type_id = t.id AND run_after <= now()) w
+ CROSS JOIN LATERAL (
+        SELECT count(*) AS running
+          FROM job_instances
+         WHERE worker_id IS NOT NULL AND job_type_id = t.id) r
+ CROSS JOIN LATERAL (
+        SELECT count(*) AS ended, count(*) FILTER (WHERE state = 'Failed') AS failed,
+               avg(finished - started) AS mean_running_time
+          FROM job_instances
+         WHERE finished > now() - %(since)s::interval AND job_type_id = t.id) e
+ ORDER BY t.name
+"""
+
+
+def stats(connection: psycopg.Connection, args: argparse.Namespace) -> int:
+    """Print per type how many jobs wait, run, ended and failed."""
+    rows = rows_of(connection, STATS_SQL, {"since": args.since})
+    if args.json:
+        print_json(rows)
+        return OK
+    print(table(["type", "waiting", "oldest", "running", "ended", "failed", "failed %", "per hour", "mean time"], [
+        (r["job_type"], r["waiting"], r["oldest_waiting"], r["running"], r["ended"], r["failed"],
+         None if r["failure_rate"] is None else f"{100 * r['failure_rate']:.1f}", f"{r['per_hour']:.1f}",
+         r["mean_running_time"]) for r in rows]))
+    return OK
+
+
+WATCH_SQL = """
+SELECT *, extract(epoch FROM running_time)::float8 AS seconds
+  FROM v_job_instances
+ WHERE id = ANY(%(ids)s)
+ ORDER BY id
+"""
+
+UNFINISHED_SQL = """
+SELECT id
+  FROM job_instances
+ WHERE worker_id IS NOT NULL
+    OR (state IN ('Created', 'Queued') AND worker_id IS NULL AND run_after <= now())
+ ORDER BY worker_id NULLS LAST, priority DESC, id
+ LIMIT 10
+"""
+
+
+def watch(connection: psycopg.Connection, args: argparse.Namespace) -> int:
+    """Show a bar per running job until it ends (without an id: until none runs or is due)."""
+    live, height, before = sys.stdout.isatty(), 0, None
+    while True:
+        ids = [args.id] if args.id else [job_id for (job_id,) in jobs.query(connection, UNFINISHED_SQL)]
+        rows = rows_of(connection, WATCH_SQL, {"ids": ids})
+        if args.id and not rows:
+            raise Refused(f"there is no job {args.id}; python jobctl.py list shows the latest")
+        lines = [bar(row) for row in rows]
+        if live and height:
+            print(f"\x1b[{height}F\x1b[J", end="")
+        if live or lines != before:
+            print(*lines, sep="\n", flush=True)
+        height, before = len(lines), lines
+        if not rows or (args.id and rows[0]["state"] in ("Finished", "Failed")):
+            return FAILED if args.id and rows[0]["state"] == "Failed" else OK
+        time.sleep(args.interval)
+
+
+def bar(row: dict[str, Any], width: int = 24) -> str:
+    """Return a job's progress on one line: bar, steps, rate, remaining time, running step."""
+    filled = round(width * row["progress"])
+    done, total = row["steps_done"] + row["steps_failed"], row["steps_total"]
+    line = f"  job {row['id']}  [{'#' * filled}{'.' * (width - filled)}] {done}/{total} {row['state']}"
+    if row["steps_failed"]:
+        line += f", {row['steps_failed']} failed"
+    if row["state"] == "Running" and done and row["seconds"]:
+        rate = done / row["seconds"]
+        line += f"  {rate:.3g}/s  {duration((total - done) / rate)} left"
+    line += f"  {row['running_step'] or row['comment'] or row['description']}".replace("\n", " ")
+    return line[:shutil.get_terminal_size((120, 24)).columns - 1]
+
+
+def examine(connection: psycopg.Connection, args: argparse.Namespace) -> int:
+    """Say what is wrong with the job system, a line per finding; exit status 1 if there is any."""
+    import doctor
+    with jobs.connect(args.dsn, "jobctl doctor") as other:
+        findings = doctor.examine(connection, other)
+    if args.json:
+        print_json(findings)
+    else:
+        print(*(findings or ["all is well"]), sep="\n")
+    return FAILED if findings else OK
+
+
+ADD_SCHEDULE_SQL = """
+INSERT INTO job_schedules (job_type_id, description, parameters, every, next_start, delay)
+SELECT id, %(description)s, %(parameters)s, %(every)s::interval, %(start)s, %(delay)s::interval
+  FROM job_types
+ WHERE name = %(type)s
+RETURNING id, to_char(next_start, 'YYYY-MM-DD HH24:MI:SSTZH:TZM'),
+          to_char(next_start + every, 'YYYY-MM-DD HH24:MI:SSTZH:TZM')
+"""
+
+
+def add_schedule(connection: psycopg.Connection, args: argparse.Namespace) -> int:
+    """Owe a job for every window of time from now on, and print the schedule's id."""
+    parameters = read_parameters(args)
+    with connection.transaction():
+        rows = jobs.query(connection, ADD_SCHEDULE_SQL, {
+            "type": args.type, "description": args.description, "every": args.every, "delay": args.delay,
+            "start": jobs.parse_time(args.start), "parameters": jobs.Jsonb(parameters)})
+        if not rows:
+            raise Refused(jobs.unknown_type(connection, args.type))
+        schedule_id, start, end = rows[0]
+        jobs.check_request(connection, args.type, [parameters | {"start": start, "end": end}])
+    print(schedule_id)
+    warn_test(args.description)
+    return OK
+
+
+SCHEDULES_SQL = """
+SELECT s.id, t.name AS job_type, s.description, s.parameters, s.every::text AS every, s.next_start,
+       s.delay::text AS delay, s.enabled, j.id AS last_job_id, j.state AS last_job_state
+  FROM job_schedules s
+  JOIN job_types t ON t.id = s.job_type_id
+  LEFT JOIN LATERAL (
+        SELECT id, state FROM job_instances WHERE schedule_id = s.id ORDER BY id DESC LIMIT 1) j ON %(last)s
+ ORDER BY s.id
+"""
+
+
+def list_schedules(connection: psycopg.Connection, args: argparse.Namespace) -> int:
+    """Print the schedules and when their next window begins."""
+    rows = rows_of(connection, SCHEDULES_SQL, {"last": args.json})  # without an index: on request only
+    if args.json:
+        print_json(rows)
+        return OK
+    print(table(["id", "type", "enabled", "every", "next window", "delay", "description", "parameters"], [
+        (r["id"], r["job_type"], "yes" if r["enabled"] else "no", r["every"], r["next_start"], r["delay"],
+         r["description"], r["parameters"]) for r in rows]))
+    return OK
+
+
+CHANGE_SCHEDULE_SQL = {
+    "enable": "UPDATE job_schedules SET enabled = true WHERE id = %(id)s RETURNING id",
+    "disable": "UPDATE job_schedules SET enabled = false WHERE id = %(id)s RETURNING id",
+    "remove": "DELETE FROM job_schedules WHERE id = %(id)s RETURNING id",
+}
+
+
+def change_schedule(connection: psycopg.Connection, args: argparse.Namespace) -> int:
+    """Enable, disable or remove a schedule; its jobs stay."""
+    if not jobs.query(connection, CHANGE_SCHEDULE_SQL[args.action], {"id": args.id}):
+        raise Refused(f"there is no schedule {args.id}; python jobctl.py schedule list shows them")
+    print(f"schedule {args.id}: {args.action}d")
     return OK
 
 
@@ -261,18 +490,66 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     command.add_argument("--limit", type=handler.positive, default=20, metavar="N", help="at most N jobs (default 20)")
     command = add("show", show, printing)
     command.add_argument("id", type=int)
+    command.add_argument("--steps", type=handler.positive, default=100, metavar="N",
+                         help="at most N steps (default 100)")
     command = add("cancel", cancel)
     command.add_argument("id", type=int, nargs="+")
     command.add_argument("--reason", default="", help="for the job's comment")
     command = add("retry", retry)
     command.add_argument("id", type=int, nargs="+")
     command.add_argument("--all", action="store_true", help="every step, not only the failed ones")
-    args = parser.parse_args(argv)
+    command = add("watch", watch)
+    command.add_argument("id", type=int, nargs="?")
+    command.add_argument("--interval", type=handler.seconds, default=1.0, metavar="SECONDS", help="(default 1)")
+    command = add("stats", stats, printing)
+    command.add_argument("--since", type=interval, default="24 hours", metavar="TIME", help="(default 24h)")
+    command = add("prune", prune)
+    command.add_argument("--older-than", type=interval, required=True, metavar="TIME", help="e.g. 90d")
+    command.add_argument("--dry-run", action="store_true", help="only say how many")
+    add("doctor", examine, printing)
+    schedule(commands, common, printing)
+    args, rest = parser.parse_known_args(argv)
+    if len(rest) == 1 and getattr(args, "json", 0) is None and (rest == ["-"] or not rest[0].startswith("-")):
+        args.json, rest = rest[0], []  # argparse does not see an optional word that stands behind options
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         handler.load_modules([*handler.JOB_MODULES, *args.module])
     except ImportError as exc:
         parser.error(f"--module: {exc}; give the name of a .py file beside jobctl.py or on PYTHONPATH")
     return args
+
+
+def schedule(commands: Any, common: argparse.ArgumentParser, printing: argparse.ArgumentParser) -> None:
+    """Add the command `schedule` with its actions."""
+    help_ = "Create jobs by the calendar"
+    actions = commands.add_parser("schedule", help=help_, description=help_).add_subparsers(
+        dest="action", required=True, metavar="ACTION")
+
+    def add(name: str, run: Any, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        help_ = run.__doc__.partition("\n")[0]
+        action = actions.add_parser(name, help=help_, description=help_, parents=[common, *parents])
+        action.set_defaults(run=run)
+        return action
+
+    action = add("add", add_schedule)
+    action.add_argument("type", help="name of the job type")
+    action.add_argument("json", nargs="?", help="parameters without start and end; JSON, @FILE or -")
+    action.add_argument("-p", "--parameter", action="append", default=[], metavar="KEY=VALUE", help="or KEY:=JSON")
+    action.add_argument("-d", "--description", default="", help="of each job")
+    action.add_argument("--every", type=interval, required=True, metavar="INTERVAL", help="e.g. 1d or '1 month'")
+    action.add_argument("--start", required=True, metavar="TIME", help="of the first window; write the offset")
+    action.add_argument("--delay", type=interval, default="0s", metavar="INTERVAL", help="after a window's end")
+    add("list", list_schedules, printing)
+    for name in CHANGE_SCHEDULE_SQL:
+        add(name, change_schedule).add_argument("id", type=int)
+
+
+def interval(text_: str) -> str:
+    """Return a length of time as PostgreSQL reads it: 90d, 24h, 15min, '1 month'."""
+    if not re.fullmatch(r"\s*\d+\s*(s|sec|min|h|d|w|mon|y|second|minute|hour|day|week|month|year)s?\s*", text_):
+        raise argparse.ArgumentTypeError(f"{text_!r} is no length of time; write 90d, 24h, 15min or '1 month'")
+    return text_
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -286,6 +563,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return complain(f"cannot reach the database: {str(exc).strip()}", NO_DATABASE)
     except (Refused, ValueError, OverflowError, psycopg.Error) as exc:
         return complain(str(exc).strip(), FAILED)
+    except KeyboardInterrupt:
+        return OK
     except BrokenPipeError:  # | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK

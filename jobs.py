@@ -1057,6 +1057,14 @@ def create_jobs(connection: psycopg.Connection, type_name: str, parameters: Sequ
 
     Raise `JobRequestError` if the type is unknown or any parameters do not fit it.
     """
+    type_id = check_request(connection, type_name, parameters)
+    return [job_id for (job_id,) in query(connection, CREATE_SQL, {
+        "type_id": type_id, "description": description, "parameters": Jsonb(list(parameters)),
+        "priority": priority, "run_after": run_after, "unique_key": unique_key})]
+
+
+def check_request(connection: psycopg.Connection, type_name: str, parameters: Sequence[dict[str, Any]]) -> int:
+    """Return the id of the job type; `JobRequestError` if it is unknown or any `parameters` do not fit it."""
     if not (rows := query(connection, TYPE_SQL, [type_name])):
         raise JobRequestError(unknown_type(connection, type_name))
     type_id, schema = rows[0]
@@ -1069,9 +1077,7 @@ def create_jobs(connection: psycopg.Connection, type_name: str, parameters: Sequ
         problems += found if len(parameters) == 1 else [f"job {number}: {problem}" for problem in found]
     if problems:
         raise JobRequestError(explain_parameters(problems, schema))
-    return [job_id for (job_id,) in query(connection, CREATE_SQL, {
-        "type_id": type_id, "description": description, "parameters": Jsonb(list(parameters)),
-        "priority": priority, "run_after": run_after, "unique_key": unique_key})]
+    return type_id
 
 
 def unknown_type(connection: psycopg.Connection, type_name: str) -> str:
