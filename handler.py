@@ -123,6 +123,7 @@ class JobHandler:
         """Connect, take an id, say which types we know, listen for new jobs."""
         self.worker = self._try(lambda: jobs.Worker(self.dsn), CONNECT_TRIES)
         self.worker.stopping = self.stopping
+        self.worker.begin_at_once = True
         jobs.use_worker(self.worker)
         jobs.write_types(self.worker.connection, self.types)
         self._listen()

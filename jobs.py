@@ -252,6 +252,9 @@ class Worker:
         self.claim_at_end: dict[str, Any] | None = None
         #: the job that claim got, until somebody takes it
         self.claimed: dict[str, Any] | None = None
+        #: true: a job's first step begins in the statement that creates its steps
+        self.begin_at_once = False
+        self._cursor: psycopg.Cursor[dict[str, Any]] | None = None
         self.connection = connect(dsn)
         row = self.one(REGISTER_SQL, self._process())
         self.id: int = row["id"]
@@ -262,8 +265,9 @@ class Worker:
 
     def one(self, sql: str, params: Mapping[str, Any]) -> dict[str, Any] | None:
         """Run one statement; return its first row as a dict, None if there is none."""
-        with self.connection.cursor(row_factory=dict_row) as cursor:
-            return cursor.execute(sql, params).fetchone()
+        if self._cursor is None or self._cursor.connection is not self.connection:
+            self._cursor = self.connection.cursor(row_factory=dict_row)  # kept: a new one costs a tenth of a round trip
+        return self._cursor.execute(sql, params).fetchone()
 
     def claim(self, types: Sequence[str], with_tests: bool = False) -> dict[str, Any] | None:
         """Take the most urgent due job of `types` and return its row, None if there is none."""
@@ -463,20 +467,28 @@ SELECT id, state
  ORDER BY position
 """
 
-# The steps and the state Queued in one statement. Not waiting for the disk: if a crash of the server
-# forgets it, the job is Created as before, and no work has been recorded without it.
+# The steps and the state Queued in one statement; with begin, which the handler asks for, the job's and
+# its first step's Running as well, since nothing would happen in between. Not waiting for the disk: if a
+# crash of the server forgets it, the job is Created as before, and no work has been recorded without it.
 QUEUE_SQL = """
 WITH job AS (
     UPDATE job_instances
-       SET state = 'Queued', worker_id = %(worker_id)s
+       SET state     = CASE WHEN %(begin)s AND cancel_requested IS NULL THEN 'Running' ELSE 'Queued' END,
+           started   = CASE WHEN %(begin)s AND cancel_requested IS NULL THEN clock_timestamp() END,
+           comment   = CASE WHEN %(begin)s AND cancel_requested IS NULL THEN NULL ELSE comment END,
+           worker_id = %(worker_id)s
      WHERE id = %(job_id)s
        AND state = 'Created'
        AND (worker_id IS NULL OR worker_id = %(worker_id)s)
-    RETURNING id
+    RETURNING id, state, started
 ), step AS (
-    INSERT INTO job_steps (job_instance_id, position, name, object_id, alarm_id, feature_id, parameters)
+    INSERT INTO job_steps (job_instance_id, position, name, object_id, alarm_id, feature_id, parameters,
+                           state, started, attempts)
     SELECT job.id, position, COALESCE(s.name, 'step ' || position),
-           s.object_id, s.alarm_id, s.feature_id, COALESCE(s.parameters, '{}')
+           s.object_id, s.alarm_id, s.feature_id, COALESCE(s.parameters, '{}'),
+           CASE WHEN position = 1 AND job.state = 'Running' THEN 'Running' ELSE 'Created' END,
+           CASE WHEN position = 1 THEN job.started END,
+           CASE WHEN position = 1 AND job.state = 'Running' THEN 1 ELSE 0 END
       FROM job,
            ROWS FROM (jsonb_to_recordset(%(steps)s) AS (
                name text, object_id int, alarm_id int, feature_id int, parameters jsonb
@@ -484,6 +496,8 @@ WITH job AS (
     RETURNING id, position
 )
 SELECT (SELECT COALESCE(array_agg(id ORDER BY position), '{}') FROM step) AS step_ids,
+       state,
+       CASE WHEN state = 'Running' THEN set_config('application_name', %(application_name)s, false) END,
        set_config('synchronous_commit', 'off', true)
   FROM job
 """
@@ -555,31 +569,42 @@ ended AS (
 )"""
 
 # One step ends and the next begins: one statement, one commit, and at every moment the table says
-# which step is running. No row lock on the job is needed: while this session lives, nobody can take
-# the job over, since that takes the lock this session holds; after a lost connection the new session
-# looks at worker_id anew.
-NEXT_SQL = f"""
+# which step is running. One UPDATE for both rows, because each further one costs a tenth of the whole.
+# No row lock on the job is needed: while this session lives, nobody can take the job over, since that
+# takes the lock this session holds; after a lost connection the new session looks at worker_id anew.
+NEXT_SQL = """
 WITH job AS (
     SELECT id, cancel_requested, comment
       FROM job_instances
      WHERE id = %(job_id)s
        AND worker_id = %(worker_id)s
        AND state = 'Running'
-), {ENDED_CTE}, {BEGUN_CTE}
-SELECT CASE WHEN job.cancel_requested IS NOT NULL THEN job.comment END AS cancelled, begun.*
-  FROM job LEFT JOIN begun ON true
-"""  # noqa: S608
+), step AS (
+    UPDATE job_steps s
+       SET state    = CASE WHEN s.id = %(step_id)s THEN %(step_state)s     ELSE 'Running' END,
+           finished = CASE WHEN s.id = %(step_id)s THEN clock_timestamp()  END,
+           comment  = CASE WHEN s.id = %(step_id)s THEN %(step_comment)s   END,
+           result   = CASE WHEN s.id = %(step_id)s THEN %(step_result)s::jsonb END,
+           started  = CASE WHEN s.id = %(step_id)s THEN s.started          ELSE clock_timestamp() END,
+           attempts = CASE WHEN s.id = %(step_id)s THEN s.attempts         ELSE s.attempts + 1 END
+      FROM job
+     WHERE s.id IN (%(step_id)s, %(next_id)s)
+       AND (s.id = %(step_id)s OR job.cancel_requested IS NULL)
+    RETURNING s.id, s.name, s.object_id, s.alarm_id, s.feature_id, s.parameters, s.attempts
+)
+SELECT CASE WHEN job.cancel_requested IS NOT NULL THEN job.comment END AS cancelled, step.*
+  FROM job LEFT JOIN step ON step.id = %(next_id)s
+"""
 
 # The last step ends (step_id NULL: none was running) and the job with it. again: the failed steps,
 # and only they, wait for another attempt; with the one that just failed, whose row ENDED_CTE writes.
 END_CTE = f"""
 job AS (
-    SELECT id, job_type_id
+    SELECT id
       FROM job_instances
      WHERE id = %(job_id)s
        AND worker_id = %(worker_id)s
        AND state = 'Running'
-       FOR UPDATE
 ), {ENDED_CTE}, again AS (
     UPDATE job_steps s
        SET state = 'Created', finished = NULL, attempts = 0
@@ -593,13 +618,14 @@ job AS (
        SET state     = %(state)s,
            comment   = %(comment)s,
            attempts  = j.attempts + %(counted)s::int,
-           run_after = CASE WHEN %(again)s THEN now() + t.retry_delay * power(2, j.attempts)
+           run_after = CASE WHEN %(again)s
+                            THEN now() + power(2, j.attempts) * (SELECT retry_delay FROM job_types t
+                                                                  WHERE t.id = j.job_type_id)
                             ELSE j.run_after END,
            started   = CASE WHEN NOT %(again)s THEN j.started END,
            finished  = CASE WHEN %(state)s <> 'Queued' THEN clock_timestamp() END,
            worker_id = NULL
       FROM job
-      JOIN job_types t ON t.id = job.job_type_id
      WHERE j.id = job.id
     RETURNING j.id AS closed_id
 )"""  # noqa: S608
@@ -773,13 +799,17 @@ class JobInstance:
         """Create the rows of `_create_steps` and set the job Queued, in one transaction."""
         with self._refusing():
             steps = self._create_steps()
-            row = self._worker.one(QUEUE_SQL, {
-                "job_id": self._job_id, "worker_id": self._worker.id, "steps": Jsonb(steps)})
+            row = self._worker.one(QUEUE_SQL, self._ids() | {
+                "steps": Jsonb(steps), "begin": self._worker.begin_at_once,
+                "application_name": self._application_name})
         if row is None:
             raise JobTakenOver(f"job {self._job_id} was taken by another worker")
         self._job_step_ids = row["step_ids"]
         self._todo = list(self._job_step_ids)
-        self._job["state"] = "Queued"
+        self._job["state"] = row["state"]
+        if steps:
+            self._step = {"id": self._todo[0], "name": "step 1", "object_id": None, "alarm_id": None,
+                          "feature_id": None, "parameters": {}, "attempts": 1} | steps[0]
 
     def _load_steps(self) -> None:
         rows = query(self.connection, STEPS_SQL, {"job_id": self._job_id})
@@ -800,7 +830,7 @@ class JobInstance:
         if self._job_step_ids is None:
             raise ValueError(f"the steps of job {self._job_id} are not created: "
                              "call _create_database_steps first")
-        row = self._begin()
+        row = (self._step | {"cancelled": None} if self.state == "Running" else self._begin())
         todo, self._todo = self._todo, []
         for step_id, next_id in itertools.pairwise([*todo, None]):
             if row["cancelled"]:
@@ -950,16 +980,21 @@ def time_limit(limit: timedelta) -> Iterator[None]:
         yield
         return
 
-    def stop(*_: Any) -> None:
-        raise StepTimeout(f"Timed out: longer than the step limit of {limit} (job_types.step_timeout)")
-
-    former = signal.signal(signal.SIGALRM, stop)
+    _limit[:] = [limit]
+    if signal.getsignal(signal.SIGALRM) is not _stop:
+        signal.signal(signal.SIGALRM, _stop)
     try:
         signal.setitimer(signal.ITIMER_REAL, limit.total_seconds())
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, former)
+
+
+_limit: list[timedelta] = []  # of the running step
+
+
+def _stop(*_: Any) -> None:
+    raise StepTimeout(f"Timed out: longer than the step limit of {_limit[0]} (job_types.step_timeout)")
 
 
 def parameter_problems(job_type: type[JobInstance], parameters: Any) -> list[str]:
