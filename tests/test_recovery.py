@@ -38,7 +38,9 @@ def rows(dsn):
 
 @pytest.fixture
 def states(rows):
-    return lambda table="job_steps": [state for (state,) in rows(f"SELECT state FROM {table} ORDER BY id")]
+    order = {"job_steps": "job_instance_id, position", "job_instances": "id"}
+    return lambda table="job_steps": [
+        state for (state,) in rows(f"SELECT state FROM {table} ORDER BY {order[table]}")]
 
 
 @pytest.fixture

@@ -1,0 +1,473 @@
+"""Measure the toolkit beside what an operator would use otherwise; see bench/README.md.
+
+    make bench                  all parts
+    make bench P="steps cold"   some: jobs steps create pickup claims alarms cold memory scale
+
+One PostgreSQL of its own, durable commits, everything interleaved in one run, medians of several
+rounds. Printed are ratios, beside what they must be and aim at; raw figures go to bench/results/.
+--full: 10 million finished jobs (else 1 million) and 100 objects (else 20); mind the time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import functools
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "bench")]
+
+import bench_jobs  # noqa: E402
+import others  # noqa: E402
+import psycopg  # noqa: E402
+from embedded_pg import Server  # noqa: E402
+
+import alarm_calc  # noqa: E402
+import handler  # noqa: E402
+import jobctl  # noqa: E402
+import jobs  # noqa: E402
+
+ROUNDS = 5
+RESULTS: list[tuple[str, float, float | None, float | None, str]] = []  # what, ratio, must, aim, "<" or ">"
+RAW: dict[str, Any] = {}
+
+
+def report(what: str, ratio: float, must: float | None = None, aim: float | None = None, better: str = ">") -> None:
+    RESULTS.append((what, ratio, must, aim, better))
+    print(f"    {what}: {ratio:.3g}", flush=True)
+
+
+def medians(rounds: int = ROUNDS, **ways: Callable[[], float]) -> dict[str, float]:
+    """Do all `ways` in turn, `rounds` times; return the median of what each returned (seconds)."""
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            found[name].append(way())
+    RAW.setdefault("seconds", {}).update(found)
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    begun = time.perf_counter()
+    work()
+    return time.perf_counter() - begun
+
+
+class Bench:
+    def __init__(self, server: Server, full: bool) -> None:
+        self.server, self.full = server, full
+        self.dsn = server.dsn()
+        self.connection = jobs.connect(self.dsn)
+        self.connection.execute((ROOT / "schema.sql").read_text())
+        self.connection.execute("CREATE TABLE one_row (id int PRIMARY KEY, n int)")
+        self.connection.execute("INSERT INTO one_row VALUES (1, 0)")
+        jobs.write_types(self.connection)
+
+    def limit(self, count: int) -> float:
+        """One prepared single-row UPDATE per round trip, each committed and waited for."""
+        def work() -> None:
+            for n in range(count):
+                self.connection.execute("UPDATE one_row SET n = %s WHERE id = 1", [n], prepare=True)
+        return seconds(work)
+
+    def once(self, module: str = "bench_jobs") -> float:
+        """Run everything due in this process, as handler.py --once does."""
+        def work() -> None:
+            status = handler.JobHandler(self.dsn, once=True).run()
+            assert status == 0, status
+        return seconds(work)
+
+    # The parts.
+
+    def jobs(self) -> None:
+        """1-step no-op jobs per second, one worker, against the limit and the alternatives."""
+        count = 500
+        self.install_others()
+
+        def ours() -> float:
+            jobs.create_jobs(self.connection, "Bench Noop", [{}] * count)
+            return self.once()
+
+        def procrastinate(concurrency: int) -> float:
+            asyncio.run(others.procrastinate_create(self.dsn, count, True))
+            return asyncio.run(others.procrastinate_drain(self.dsn, concurrency))
+
+        def pgqueuer(kind: str, one_at_a_time: bool) -> float:
+            asyncio.run(others.pgqueuer_create(self.dsn, count, True))
+            return asyncio.run(others.pgqueuer_drain(self.dsn, kind, one_at_a_time))
+
+        m = medians(limit=lambda: self.limit(count), ours=ours,
+                    procrastinate_1=lambda: procrastinate(1), procrastinate_10=lambda: procrastinate(10),
+                    pgqueuer_one=lambda: pgqueuer("psycopg", True), pgqueuer_batch=lambda: pgqueuer("psycopg", False),
+                    pgqueuer_asyncpg=lambda: pgqueuer("asyncpg", False))
+        report("1-step jobs, over the limit", m["limit"] / m["ours"], 0.5, 0.85)
+        report("... over procrastinate's best", min(m["procrastinate_1"], m["procrastinate_10"]) / m["ours"], 2.5, 5)
+        report("... over pgqueuer one at a time", m["pgqueuer_one"] / m["ours"], 2, 4)
+        report("... over pgqueuer's default batch, psycopg", m["pgqueuer_batch"] / m["ours"])
+        report("... over pgqueuer's default batch, asyncpg", m["pgqueuer_asyncpg"] / m["ours"])
+        self.workers()
+
+    def workers(self) -> None:
+        """1-step jobs with 1, 2 and 4 worker processes: first begin to last end."""
+        def drain(count: int) -> float:
+            self.connection.execute("TRUNCATE job_instances, job_steps")
+            jobs.create_jobs(self.connection, "Bench Noop", [{}] * 2000)
+            self.command("handler.py", "--once", "--module", "bench_jobs", "--workers", str(count))
+            return self.connection.execute(
+                "SELECT extract(epoch FROM max(finished) - min(started))::float8 FROM job_instances").fetchone()[0]
+        m = medians(3, workers_1=lambda: drain(1), workers_2=lambda: drain(2), workers_4=lambda: drain(4))
+        for n in (2, 4):
+            report(f"1-step jobs, {n} workers over one", m["workers_1"] / m[f"workers_{n}"])
+
+    def steps(self) -> None:
+        """One job of 1,000 no-op steps: steps per second over the limit, and commits that wait per step."""
+        count = 1000
+        syncs = []
+
+        def ours() -> float:
+            job_id = jobs.create_job(self.connection, "Bench Noop", {"steps": count})
+            before = self.flushes()
+            self.once()
+            syncs.append((self.flushes() - before) / count)
+            return self.connection.execute("SELECT extract(epoch FROM finished - started)::float8 "
+                                           "FROM job_instances WHERE id = %s", [job_id]).fetchone()[0]
+        m = medians(limit=lambda: self.limit(count), ours=ours)
+        report("steps of a long job, over the limit", m["limit"] / m["ours"], 0.9, 1.0)
+        report("commits that wait for the disk, per step", statistics.median(syncs), 1.05, 1.0, "<")
+
+    def flushes(self) -> int:
+        """WAL flushes by client sessions so far (PostgreSQL 18)."""
+        time.sleep(1.1)  # statistics are written at most once a second
+        self.connection.execute("SELECT pg_stat_force_next_flush()")
+        return self.connection.execute("SELECT sum(fsyncs) FROM pg_stat_io WHERE object = 'wal' "
+                                       "AND backend_type = 'client backend'").fetchone()[0]
+
+    def create(self) -> None:
+        """Creating jobs one by one and 10,000 at once."""
+        self.install_others()
+        for name, count, at_once in (("one by one", 300, False), ("10,000 at once", 10_000, True)):
+            def ours(count: int = count, at_once: bool = at_once) -> float:
+                if at_once:
+                    return seconds(lambda: jobs.create_jobs(self.connection, "Bench Noop", [{}] * count))
+                return seconds(lambda: [jobs.create_job(self.connection, "Bench Noop", {}) for _ in range(count)])
+            m = medians(3, ours=ours,
+                        procrastinate=lambda c=count, a=at_once: asyncio.run(
+                            others.procrastinate_create(self.dsn, c, a)),
+                        pgqueuer=lambda c=count, a=at_once: asyncio.run(others.pgqueuer_create(self.dsn, c, a)))
+            report(f"creating jobs {name}, over procrastinate", m["procrastinate"] / m["ours"])
+            report(f"creating jobs {name}, over pgqueuer", m["pgqueuer"] / m["ours"])
+        self.connection.execute("TRUNCATE job_instances, job_steps")
+
+    @functools.cache  # noqa: B019  one Bench per run
+    def install_others(self) -> None:
+        """Make the tables of the alternatives, once."""
+        asyncio.run(others.procrastinate_install(self.dsn))
+        asyncio.run(others.pgqueuer_install(self.dsn))
+
+    def pickup(self) -> None:
+        """From the commit that creates a job to the begin of its step, with an idle worker (p50, p95)."""
+        self.install_others()
+        found = {"ours": self.pick_up([str(ROOT / "handler.py"), "--module", "bench_jobs"], self.ask_ours)}
+        for name in ("procrastinate", "pgqueuer"):
+            found[name] = self.pick_up([str(ROOT / "bench" / "others.py"), name, self.dsn],
+                                       lambda count, name=name: asyncio.run(self.ask_other(name, count)))
+        RAW["pickup"] = found
+        p95 = {name: statistics.quantiles(values, n=20)[-1] for name, values in found.items()}
+        p50 = {name: statistics.median(values) for name, values in found.items()}
+        print("    p50, p95 in ms:", {n: (round(1000 * p50[n], 2), round(1000 * p95[n], 2)) for n in found})
+        report("pick-up p95, over procrastinate's", p95["ours"] / p95["procrastinate"], 0.7, 0.4, "<")
+        report("pick-up p95, over pgqueuer's", p95["ours"] / p95["pgqueuer"], better="<")
+
+    def pick_up(self, command: list[str], ask: Callable[[int], list[float]], count: int = 150) -> list[float]:
+        process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True, env=self.env())
+        time.sleep(3)  # until it is idle
+        try:
+            asked = ask(count)
+            begun = [float(process.stdout.readline()) for _ in range(count)]
+        finally:
+            process.kill()
+            process.wait()
+        return [b - a for a, b in zip(asked, begun, strict=True)][10:]
+
+    def ask_ours(self, count: int) -> list[float]:
+        asked = []
+        for _ in range(count):
+            jobs.create_job(self.connection, "Bench Clock", {})
+            asked.append(time.time())
+            time.sleep(0.03)
+        return asked
+
+    async def ask_other(self, name: str, count: int) -> list[float]:
+        ask, asked = await others.ask_clock(name, self.dsn), []
+        for _ in range(count):
+            await ask()
+            asked.append(time.time())
+            await asyncio.sleep(0.03)
+        return asked
+
+    def claims(self) -> None:
+        """One claim behind 100,000 waiting and behind millions of finished jobs, over a small table."""
+        worker = jobs.Worker(self.dsn)
+        type_id = self.connection.execute("SELECT id FROM job_types WHERE name = 'Bench Noop'").fetchone()[0]
+
+        def claim(count: int = 200) -> float:
+            times = []
+            for _ in range(count):
+                times.append(seconds(lambda: worker.claim(["Bench Noop"])))
+            self.connection.execute("UPDATE job_instances SET worker_id = NULL WHERE worker_id = %s", [worker.id])
+            self.connection.execute("VACUUM job_instances")
+            return statistics.median(times)
+
+        def fill(count: int, state: str) -> None:
+            self.connection.execute(
+                "INSERT INTO job_instances (job_type_id, state, started, finished) SELECT %s, %s, "
+                "CASE WHEN %s = 'Finished' THEN now() END, CASE WHEN %s = 'Finished' THEN now() END "
+                "FROM generate_series(1, %s)", [type_id, state, state, state, count])
+            self.connection.execute("VACUUM ANALYZE job_instances")
+
+        self.connection.execute("TRUNCATE job_instances, job_steps")
+        fill(1000, "Created")
+        claim()
+        small = [claim() for _ in range(3)]
+        fill(100_000, "Created")
+        backlog = [claim() for _ in range(3)]
+        self.connection.execute("TRUNCATE job_instances, job_steps")
+        finished = 10_000_000 if self.full else 1_000_000
+        fill(finished, "Finished")
+        fill(1000, "Created")
+        behind = [claim() for _ in range(3)]
+        RAW["claims"] = {"small": small, "backlog": backlog, "finished": behind, "finished_jobs": finished}
+        report("claim behind 100,000 waiting jobs, over 1,000", min(backlog) / min(small), better="<")
+        report(f"claim behind {finished:,} finished jobs, over an empty table", min(behind) / min(small), 1.2, 1.0, "<")
+        worker.close()
+
+    def scale(self) -> None:
+        """jobctl list, show, stats behind a million finished jobs and five million steps, over a thousand."""
+        many = 1_000_000 if self.full else 200_000
+        type_id = self.connection.execute("SELECT id FROM job_types WHERE name = 'Bench Noop'").fetchone()[0]
+
+        def fill(count: int) -> None:
+            self.connection.execute("TRUNCATE job_instances, job_steps")
+            self.connection.execute(
+                "INSERT INTO job_instances (job_type_id, state, created, started, finished) "
+                "SELECT %s, 'Finished', t, t, t FROM generate_series(1, %s) n, "
+                "LATERAL (SELECT now() - make_interval(mins => %s - n)) AS at(t)", [type_id, count, count])
+            self.connection.execute(
+                "INSERT INTO job_steps (job_instance_id, position, name, state, started, finished) "
+                "SELECT id, p, 'step', 'Finished', now(), now() FROM job_instances, generate_series(1, 5) p")
+            self.connection.execute("VACUUM ANALYZE job_instances, job_steps")
+
+        commands = {"list": ["list"], "show": ["show"], "stats": ["stats"]}
+        found: dict[str, dict[str, float]] = {}
+        for size in (1000, many):
+            fill(size)
+            newest = self.connection.execute("SELECT max(id) FROM job_instances").fetchone()[0]
+            commands["show"] = ["show", str(newest)]
+            found[str(size)] = {name: statistics.median(
+                seconds(lambda args=args: self.quiet(args)) for _ in range(9)) for name, args in commands.items()}
+        RAW["scale"] = found
+        for name in commands:
+            report(f"jobctl {name} behind {many:,} jobs, over 1,000",
+                   found[str(many)][name] / found["1000"][name], 1.5, 1.0, "<")
+        self.connection.execute("TRUNCATE job_instances, job_steps")
+
+    def quiet(self, args: list[str]) -> None:
+        with open(os.devnull, "w") as null:
+            out, sys.stdout = sys.stdout, null
+            try:
+                assert jobctl.main([*args, "--dsn", self.dsn]) == 0
+            finally:
+                sys.stdout = out
+
+    def alarms(self) -> None:
+        """One (object, alarm, year), and many, against count-and-sum of the same rows and against pandas."""
+        objects = 100 if self.full else 20
+        self.park(objects)
+        for order, sort in (("in time order", "ts, o"), ("clustered", "o, f, ts")):
+            self.connection.execute("TRUNCATE feature_values")
+            self.connection.execute(
+                self.SAMPLES_SQL + sort, [objects])
+            self.connection.execute("VACUUM ANALYZE feature_values")
+            self.one_year(order)
+        self.many_years(objects)
+
+    SAMPLES_SQL = """
+INSERT INTO feature_values
+SELECT o, f, ts, 10 + 8 * sin(extract(epoch FROM ts) / 9000 + o) + random()
+  FROM generate_series(1, %s) o,
+       generate_series(1, 2) f,
+       generate_series('2025-01-01 00:10+00'::timestamptz, '2026-01-01 00:00+00', '10 min') ts
+ ORDER BY """
+
+    def park(self, objects: int) -> None:
+        self.connection.execute("TRUNCATE job_instances, job_steps, alarms_history")
+        self.connection.execute("INSERT INTO object_types (id, name) VALUES (1, 'wind_turbine')")
+        self.connection.execute("INSERT INTO object_models (id, object_type_id, name) VALUES (1, 1, 'G97')")
+        self.connection.execute("INSERT INTO features (id, object_model_id, name) "
+                                "VALUES (1, 1, 'wind'), (2, 1, 'power')")
+        self.connection.execute("INSERT INTO objects (id, object_model_id, name) "
+                                "SELECT n, 1, 'T' || n FROM generate_series(1, %s) n", [objects])
+        for n in range(1, 11):
+            trigger = {"trigger_type": "threshold", "threshold_type": "high",
+                       "feature_name": ["wind", "power"][n % 2], "threshold_value": 8 + n}
+            self.connection.execute("INSERT INTO alarms (id, object_model_id, manufacturer_id, trigger) "
+                                    "VALUES (%s, 1, %s, %s)", [n, n, jobs.Jsonb(trigger)])
+
+    SUM_SQL = ("SELECT count(*), sum(value) FROM feature_values WHERE object_id = %s AND feature_id = %s "
+               "AND timestamp > '2025-01-01 00:00+00' AND timestamp <= '2026-01-01 00:00+00'")
+
+    def one_year(self, order: str) -> None:
+        window = {"start": datetime(2025, 1, 1, tzinfo=UTC), "end": datetime(2026, 1, 1, tzinfo=UTC), "alarms": 1}
+        job_id = jobs.create_job(self.connection, "Bench Noop", {})
+        step_id = self.connection.execute(
+            "INSERT INTO job_steps (job_instance_id, position, object_id, alarm_id) VALUES (%s, 1, 1, 4) RETURNING id",
+            [job_id]).fetchone()[0]
+        self.connection.execute("UPDATE job_instances SET state = 'Failed', finished = now() WHERE id = %s", [job_id])
+
+        def calculate() -> float:
+            self.connection.execute("TRUNCATE alarms_history")
+            return seconds(lambda: self.connection.execute(
+                alarm_calc.CALCULATE_SQL, window | {"step_id": step_id}, prepare=True).fetchone())
+
+        def count_and_sum() -> float:
+            return seconds(lambda: self.connection.execute(self.SUM_SQL, [1, 1], prepare=True).fetchone())
+        m = medians(9, count_and_sum=count_and_sum, calculate=calculate, pandas=lambda: seconds(
+            lambda: self.pandas_year(1, 1, 12)), polars=lambda: seconds(lambda: self.polars_year(1, 1, 12)))
+        report(f"one (object, alarm, year) {order}, over count-and-sum", m["calculate"] / m["count_and_sum"], 2.0, 1.4,
+               "<")
+        report(f"... over polars ({order})", m["calculate"] / m["polars"], better="<")
+        report(f"... over pandas ({order})", m["calculate"] / m["pandas"], better="<")
+
+    YEAR_SQL = ("SELECT timestamp, value FROM feature_values WHERE object_id = {} AND feature_id = {} "
+                "AND timestamp > '2025-01-01 00:00+00' AND timestamp <= '2026-01-01 00:00+00' ORDER BY timestamp")
+
+    def pandas_year(self, object_id: int, feature_id: int, threshold: float) -> int:
+        """As it is usually written: read, compare, group, write."""
+        import pandas
+        import sqlalchemy
+        if not hasattr(self, "engine"):
+            self.engine = sqlalchemy.create_engine("postgresql+psycopg://", creator=lambda: psycopg.connect(self.dsn))
+        frame = pandas.read_sql(self.YEAR_SQL.format(object_id, feature_id), self.engine)
+        on = frame["value"] > threshold
+        groups = frame[on].groupby((on != on.shift()).cumsum()[on])["timestamp"]
+        periods = pandas.DataFrame({"start_time": groups.min() - pandas.Timedelta("10min"), "end_time": groups.max()})
+        periods.to_sql("bench_periods", self.engine, if_exists="append", index=False)
+        return len(periods)
+
+    def polars_year(self, object_id: int, feature_id: int, threshold: float) -> int:
+        import polars
+        info = psycopg.conninfo.conninfo_to_dict(self.dsn)
+        uri = f"postgresql://{info['user']}@/{info['dbname']}?host={info['host']}&port={info['port']}"
+        frame = polars.read_database_uri(self.YEAR_SQL.format(object_id, feature_id), uri, engine="adbc")
+        on = polars.col("value") > threshold
+        return len(frame.with_columns(run=on.rle_id(), on=on).filter("on").group_by("run").agg(
+            polars.col("timestamp").min().alias("start_time"), polars.col("timestamp").max().alias("end_time")))
+
+    def many_years(self, objects: int) -> None:
+        def ours() -> float:
+            self.connection.execute("TRUNCATE alarms_history")
+            jobs.create_job(self.connection, "Alarm Calculation", {
+                "object_names": [f"T{n}" for n in range(1, objects + 1)], "alarm_ids": list(range(1, 11)),
+                "start": "2025-01-01 00:00:00Z", "end": "2026-01-01 00:00:00Z"})
+            return self.once()
+
+        def pandas(some: int = 3) -> float:
+            self.connection.execute("DROP TABLE IF EXISTS bench_periods")
+            return objects / some * seconds(lambda: [
+                self.pandas_year(o, n % 2 + 1, 8 + n)
+                for o in range(1, some + 1) for n in range(1, 11)])
+        m = medians(2, years_ours=ours, years_pandas=pandas)
+        report(f"{objects} objects x 10 alarms x 1 year, over pandas (from 3 objects)",
+               m["years_ours"] / m["years_pandas"], 0.05, 0.015, "<")
+
+    def cold(self) -> None:
+        """An empty handler.py --once over a bare connect, and over procrastinate's one-shot worker."""
+        self.connection.execute("TRUNCATE job_instances, job_steps, job_schedules")
+        self.install_others()
+        (ROOT / "bench" / "results").mkdir(exist_ok=True)
+        app = ROOT / "bench" / "results" / "bench_app.py"
+        app.write_text("import os, procrastinate\napp = procrastinate.App(connector="
+                       "procrastinate.PsycopgConnector(conninfo=os.environ['PERFDB_DSN']))\n")
+        m = medians(9, bare=lambda: self.command("-c", "import os, psycopg; psycopg.connect(os.environ['PERFDB_DSN'])"),
+                    once=lambda: self.command("handler.py", "--once"),
+                    one_shot=lambda: self.command("-m", "procrastinate", "--app=bench_app.app", "worker", "--one-shot"))
+        report("empty --once, over a bare connect", m["once"] / m["bare"], 2.0, 1.5, "<")
+        report("empty --once, over procrastinate --one-shot", m["once"] / m["one_shot"], better="<")
+
+    def memory(self) -> None:
+        """Peak memory of a worker after 10,000 steps, over after 100."""
+        def peak(steps: int) -> int:
+            jobs.create_job(self.connection, "Bench Noop", {"steps": steps})
+            code = ("import resource, handler, bench_jobs; handler.load_modules(handler.JOB_MODULES); "
+                    "handler.JobHandler(once=True).run(); "
+                    "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
+            return int(subprocess.run([sys.executable, "-c", code], env=self.env(), cwd=ROOT, check=True,
+                                      capture_output=True, text=True).stdout)
+        small, large = peak(100), peak(10_000)
+        RAW["memory_kB"] = {"100": small, "10000": large}
+        report("worker memory after 10,000 steps, over after 100", large / small, 1.1, 1.0, "<")
+
+    def env(self) -> dict[str, str]:
+        return os.environ | {"PERFDB_DSN": self.dsn, "PYTHONPATH": os.pathsep.join(
+            str(ROOT / d) for d in ("", "bench", "bench/results"))}
+
+    def command(self, *args: str) -> float:
+        """Run one of the project's commands; return seconds."""
+        return seconds(lambda: subprocess.run([sys.executable, *args], env=self.env(), cwd=ROOT, check=True,
+                                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+
+
+PARTS = ["steps", "jobs", "create", "pickup", "cold", "memory", "alarms", "claims", "scale"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", nargs="*", help=f"which parts (default: all): {' '.join(PARTS)}")
+    parser.add_argument("--full", action="store_true", help="10 million finished jobs, 100 objects")
+    args = parser.parse_args()
+    if unknown := set(args.part) - set(PARTS):
+        parser.error(f"no part {', '.join(sorted(unknown))}; there are {' '.join(PARTS)}")
+    begun = time.monotonic()
+    with Server({"shared_buffers": "1GB", "max_wal_size": "8GB", "jit": "off"}) as server:
+        bench = Bench(server, args.full)
+        RAW["machine"] = {"cpus": os.cpu_count(), "machine": platform.platform(), "python": platform.python_version(),
+                          "postgresql": bench.connection.info.parameter_status("server_version")}
+        for part in args.part or PARTS:
+            print(f"  {part}: {getattr(bench, part).__doc__.strip()}", flush=True)
+            getattr(bench, part)()
+    print(f"\n{jobctl.table(['what', 'ratio', 'must', 'aim', ''], [verdict(*row) for row in RESULTS])}\n")
+    print(f"  {RAW['machine']}\n  {time.monotonic() - begun:.0f} s")
+    RAW["ratios"] = {what: ratio for what, ratio, *_ in RESULTS}
+    RAW["peak_memory_kB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    file = ROOT / "bench" / "results" / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}.json"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(RAW, indent=1, default=float))
+    print(f"  raw figures: {file.relative_to(ROOT)}")
+    return 0
+
+
+def verdict(what: str, ratio: float, must: float | None, aim: float | None, better: str) -> tuple:
+    """Return a line of the table."""
+    def reached(bar: float) -> bool:
+        return ratio >= bar if better == ">" else ratio <= bar
+    said = "" if must is None else "aim" if reached(aim) else "met" if reached(must) else "MISSED"
+    sign = "at least" if better == ">" else "at most"
+    return what, f"{ratio:.3g}", "" if must is None else f"{sign} {must:g}", "" if aim is None else f"{aim:g}", said
+
+
+assert bench_jobs.Noop._name in jobs.JOB_TYPES
+
+if __name__ == "__main__":
+    raise SystemExit(main())
