@@ -5,7 +5,7 @@ VENV   := .venv
 PYTHON := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 BENCH  := $(VENV)/.installed-bench
-PIP    := $(PYTHON) -m pip install -q --no-cache-dir --disable-pip-version-check
+PIP    := $(PYTHON) -m pip install -qq --no-cache-dir --disable-pip-version-check
 
 # Compiled files and caches belong into .venv, so that the checkout stays as it was.
 export PYTHONPYCACHEPREFIX := $(CURDIR)/$(VENV)/pycache

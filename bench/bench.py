@@ -306,7 +306,7 @@ class Bench:
 
     SAMPLES_SQL = """
 INSERT INTO feature_values
-SELECT o, f, ts, 10 + 8 * sin(extract(epoch FROM ts) / 9000 + o) + random()
+SELECT o, f, ts, 10 + 8 * sin(extract(epoch FROM ts) / 30000 + o) + 0.1 * random()
   FROM generate_series(1, %s) o,
        generate_series(1, 2) f,
        generate_series('2025-01-01 00:10+00'::timestamptz, '2026-01-01 00:00+00', '10 min') ts

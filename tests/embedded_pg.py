@@ -132,8 +132,9 @@ class Server:
             )
         except PermissionError as exc:
             who = "this user" if self.user is None else f"root as {self.user.pw_name!r}"
-            raise ServerError(f"{who} cannot run {self.bin}/initdb: {exc}; run it as an "
-                              "ordinary user, or name another PostgreSQL in PERFDB_TEST_PG") from None
+            raise ServerError(f"{who} cannot run {self.bin}/initdb: {exc}; run this as an "
+                              "ordinary user, or name another PostgreSQL in PERFDB_TEST_PG"
+                              ) from None
         if initdb.wait() != 0:
             raise ServerError(f"initdb ended with status {initdb.returncode}:\n{self._log()}")
         (data / "pg_hba.conf").write_text(PG_HBA)
@@ -194,7 +195,8 @@ def find_programs() -> Path:
     wanted = os.environ.get("PERFDB_TEST_PG") or "18"
     directory = Path(wanted).absolute()
     if wanted in PACKAGE_TREES:
-        # Found, not imported: importing it makes directories in the user's home.
+        # Found, not imported: we want its files, not its own way of starting them, which
+        # as root creates a user and opens every directory above its files to all.
         spec = importlib.util.find_spec(PACKAGE)
         if spec is None or spec.origin is None:
             raise ServerError(f"the package {PACKAGE} is missing here ({sys.prefix}): "
