@@ -15,7 +15,7 @@ PERIOD = {"start": "2026-03-01 00:00:00", "end": "2026-04-01 00:00:00"}
 
 
 @pytest.fixture
-def worker(dsn):
+def worker(dsn, conn):
     worker = jobs.Worker(dsn)
     jobs.write_types(worker.connection, ["Scripted", "Transactional", "Noop"])
     worker.connection.execute("CREATE TABLE trace (job_id bigint, step_id bigint)")
@@ -23,6 +23,7 @@ def worker(dsn):
     yield worker
     jobs.use_worker(None)
     worker.close()
+    conn.execute("DROP TABLE trace")  # so that the database can be used again
 
 
 @pytest.fixture

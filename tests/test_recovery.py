@@ -18,7 +18,7 @@ SAMPLES = ("--module", "sample_jobs")
 
 
 @pytest.fixture
-def ask(conn):
+def ask(conn, dsn):
     jobs.write_types(conn, ["Scripted", "Transactional"])
     conn.execute("CREATE TABLE trace (job_id bigint, step_id bigint)")  # one row per effect of a step
 
@@ -252,7 +252,7 @@ def test_an_old_snapshot_holds_nobody_up(dsn, run_handler, ask, states):
 def test_claim_finish_cancel_retry_and_recovery_do_not_deadlock(dsn, ask, conn):
     """Everybody at the same few jobs for a while; what must not happen raises in its thread."""
     ids = [ask("ok", "error", "ok", type_name="Scripted") for _ in range(6)]
-    until, problems = time.monotonic() + 3, []
+    until, problems = time.monotonic() + 2, []
 
     def operator(act):
         with jobs.connect(dsn) as connection:
