@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
+import json
 import logging
 import os
 import re
@@ -27,7 +27,7 @@ from datetime import UTC, datetime, timedelta, tzinfo
 from typing import Any, ClassVar
 
 import psycopg
-from psycopg.rows import dict_row, tuple_row
+from psycopg.rows import tuple_row
 from psycopg.types.json import Jsonb
 
 log = logging.getLogger(__name__)
@@ -198,42 +198,43 @@ WITH job AS (
 SELECT set_config('synchronous_commit', 'off', true) FROM gone
 """
 
-# Take the most urgent job that is due, of a type we know and that may have one more running.
-# SKIP LOCKED: two workers asking at once get two different rows, neither waits; the outer UPDATE
-# needs no second look, because the row is locked and was checked again when the lock was granted.
+# The most urgent job that is due, of a type we know and that may have one more running.
+# SKIP LOCKED: two workers asking at once get two different rows, neither waits; who then updates the
+# row needs no second look, because it is locked and was checked again when the lock was granted.
 # The types come first, as an array, so that the jobs are read in the order of job_instances_free_idx
 # and reading stops at the first that fits: a join would sort them all.
-CLAIM_CTE = """
-open_type AS MATERIALIZED (
-    SELECT id, name, max_attempts, retry_delay, step_timeout
-      FROM job_types
-     WHERE name = ANY(%(types)s)
-       AND (max_running IS NULL OR job_type_has_room(id, max_running))
-), candidate AS (
+CANDIDATE_CTE = """
+candidate AS (
     SELECT id
       FROM job_instances
      WHERE state IN ('Created', 'Queued')
        AND worker_id IS NULL
        AND run_after <= now()
-       AND job_type_id = ANY(ARRAY(SELECT id FROM open_type))
+       AND job_type_id = ANY(ARRAY(
+               SELECT id
+                 FROM job_types
+                WHERE %(types)s::jsonb ? name
+                  AND (max_running IS NULL OR job_type_has_room(id, max_running))))
        AND (%(with_tests)s OR description NOT ILIKE '%%test%%')
      ORDER BY priority DESC, id
      LIMIT 1
        FOR UPDATE SKIP LOCKED
-), claimed AS (
-    UPDATE job_instances j
-       SET worker_id = %(worker_id)s
-      FROM candidate, open_type t
-     WHERE j.id = candidate.id
-       AND t.id = j.job_type_id
-    RETURNING j.id, j.state, j.description, j.parameters, j.attempts, j.worker_id,
-              t.name AS job_type, t.max_attempts, t.step_timeout
 )"""
+
+#: what a worker knows of the job it has, in the order of CLAIM_SQL, READ_SQL and END_AND_CLAIM_SQL
+JOB_COLUMNS = ("id", "state", "description", "parameters", "attempts", "worker_id",
+               "job_type", "max_attempts", "step_timeout")
 
 # Not waiting for the disk: a claim that a crash of the server forgets leaves the job free, as it was.
 CLAIM_SQL = f"""
-WITH {CLAIM_CTE}
-SELECT claimed.*, set_config('synchronous_commit', 'off', true) FROM claimed
+WITH {CANDIDATE_CTE}
+UPDATE job_instances j
+   SET worker_id = %(worker_id)s
+  FROM candidate, job_types t
+ WHERE j.id = candidate.id
+   AND t.id = j.job_type_id
+RETURNING j.id, j.state, j.description, j.parameters, j.attempts, j.worker_id,
+          t.name, t.max_attempts, t.step_timeout, set_config('synchronous_commit', 'off', true)
 """  # noqa: S608
 
 
@@ -254,27 +255,28 @@ class Worker:
         self.claimed: dict[str, Any] | None = None
         #: true: a job's first step begins in the statement that creates its steps
         self.begin_at_once = False
-        self._cursor: psycopg.Cursor[dict[str, Any]] | None = None
+        self._cursor: psycopg.Cursor[tuple[Any, ...]] | None = None
         self.connection = connect(dsn)
-        row = self.one(REGISTER_SQL, self._process())
-        self.id: int = row["id"]
-        self.idle_name: str = row["idle_name"]
+        self.id: int
+        self.idle_name: str
+        self.id, _, self.idle_name, _ = self.execute(REGISTER_SQL, self._process()).fetchone()
 
     def _process(self) -> dict[str, Any]:
         return {"host": socket.gethostname(), "pid": os.getpid()}
 
-    def one(self, sql: str, params: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Run one statement; return its first row as a dict, None if there is none."""
+    def execute(self, sql: str, params: Mapping[str, Any]) -> psycopg.Cursor[tuple[Any, ...]]:
+        """Run one statement; return the cursor it has in common with all others, so read it at once."""
         if self._cursor is None or self._cursor.connection is not self.connection:
-            self._cursor = self.connection.cursor(row_factory=dict_row)  # kept: a new one costs a tenth of a round trip
-        return self._cursor.execute(sql, params).fetchone()
+            self._cursor = self.connection.cursor(row_factory=tuple_row)  # a new one costs a tenth of a round trip
+        return self._cursor.execute(sql, params)
 
     def claim(self, types: Sequence[str], with_tests: bool = False) -> dict[str, Any] | None:
-        """Take the most urgent due job of `types` and return its row, None if there is none."""
-        return self.one(CLAIM_SQL, self.claim_params(types, with_tests))
+        """Take the most urgent due job of `types` and return its `JOB_COLUMNS`, None if there is none."""
+        row = self.execute(CLAIM_SQL, self.claim_params(types, with_tests)).fetchone()
+        return dict(zip(JOB_COLUMNS, row, strict=False)) if row else None
 
     def claim_params(self, types: Sequence[str], with_tests: bool) -> dict[str, Any]:
-        return {"types": list(types), "with_tests": with_tests, "worker_id": self.id}
+        return {"types": json.dumps(list(types)), "with_tests": with_tests, "worker_id": self.id}
 
     def reconnect(self) -> None:
         """Connect again under the same id, and so still own what nobody has taken meanwhile.
@@ -454,14 +456,17 @@ def period_problems(parameters: Mapping[str, Any]) -> list[str]:
 
 READ_SQL = """
 SELECT j.id, j.state, j.description, j.parameters, j.attempts, j.worker_id,
-       t.name AS job_type, t.max_attempts, t.step_timeout
+       t.name, t.max_attempts, t.step_timeout
   FROM job_instances j
   JOIN job_types t ON t.id = j.job_type_id
  WHERE j.id = %(job_id)s
 """
 
+#: what a step is told of itself, in the order of STEPS_SQL; the values of a step that says nothing
+STEP = {"id": 0, "name": "", "object_id": None, "alarm_id": None, "feature_id": None, "parameters": {}, "attempts": 0}
+
 STEPS_SQL = """
-SELECT id, state
+SELECT id, name, object_id, alarm_id, feature_id, parameters, attempts, state
   FROM job_steps
  WHERE job_instance_id = %(job_id)s
  ORDER BY position
@@ -476,6 +481,7 @@ WITH job AS (
        SET state     = CASE WHEN %(begin)s AND cancel_requested IS NULL THEN 'Running' ELSE 'Queued' END,
            started   = CASE WHEN %(begin)s AND cancel_requested IS NULL THEN clock_timestamp() END,
            comment   = CASE WHEN %(begin)s AND cancel_requested IS NULL THEN NULL ELSE comment END,
+           last_state_change = clock_timestamp(),
            worker_id = %(worker_id)s
      WHERE id = %(job_id)s
        AND state = 'Created'
@@ -493,10 +499,9 @@ WITH job AS (
            ROWS FROM (jsonb_to_recordset(%(steps)s) AS (
                name text, object_id int, alarm_id int, feature_id int, parameters jsonb
            )) WITH ORDINALITY AS s(name, object_id, alarm_id, feature_id, parameters, position)
-    RETURNING id, position
+    RETURNING id
 )
-SELECT (SELECT COALESCE(array_agg(id ORDER BY position), '{}') FROM step) AS step_ids,
-       state,
+SELECT state, ARRAY(SELECT id FROM step),
        CASE WHEN state = 'Running' THEN set_config('application_name', %(application_name)s, false) END,
        set_config('synchronous_commit', 'off', true)
   FROM job
@@ -522,8 +527,20 @@ WITH job AS (
 SELECT id FROM job
 """
 
-BEGUN_CTE = """
-begun AS (
+# Not waiting for the disk: whatever the first step does is recorded by a commit that does wait, and
+# that one carries this one with it.
+BEGIN_SQL = """
+WITH job AS (
+    UPDATE job_instances
+       SET state   = 'Running',
+           started = COALESCE(started, clock_timestamp()),
+           comment = CASE WHEN cancel_requested IS NOT NULL THEN comment END,
+           last_state_change = clock_timestamp()
+     WHERE id = %(job_id)s
+       AND worker_id = %(worker_id)s
+       AND state = 'Queued'
+    RETURNING id, cancel_requested
+), step AS (
     UPDATE job_steps s
        SET state    = 'Running',
            started  = clock_timestamp(),
@@ -534,28 +551,35 @@ begun AS (
       FROM job
      WHERE s.id = %(next_id)s
        AND job.cancel_requested IS NULL
-    RETURNING s.id, s.name, s.object_id, s.alarm_id, s.feature_id, s.parameters, s.attempts
-)"""
-
-# Not waiting for the disk: whatever the first step does is recorded by a commit that does wait, and
-# that one carries this one with it.
-BEGIN_SQL = f"""
-WITH job AS (
-    UPDATE job_instances
-       SET state   = 'Running',
-           started = COALESCE(started, clock_timestamp()),
-           comment = CASE WHEN cancel_requested IS NOT NULL THEN comment END
-     WHERE id = %(job_id)s
-       AND worker_id = %(worker_id)s
-       AND state = 'Queued'
-    RETURNING id, cancel_requested, comment
-), {BEGUN_CTE}
-SELECT job.comment AS cancelled, begun.*,
+)
+SELECT cancel_requested IS NOT NULL,
        set_config('application_name', %(application_name)s, false),
        set_config('synchronous_commit', 'off', true)
-  FROM job LEFT JOIN begun ON true
-"""  # noqa: S608
+  FROM job
+"""
 
+# One step ends and the next begins: one statement, one commit, and at every moment the table says
+# which step is running. One UPDATE for both rows, because each further one costs a tenth of the whole.
+# Two rows written: go on; one: the job was cancelled; none: it was taken over.
+# No row lock on the job is needed: while this session lives, nobody can take the job over, since that
+# takes the lock this session holds; after a lost connection the new session looks at worker_id anew.
+NEXT_SQL = """
+UPDATE job_steps s
+   SET state    = CASE s.id WHEN %(step_id)s THEN %(step_state)s ELSE 'Running' END,
+       finished = CASE s.id WHEN %(step_id)s THEN clock_timestamp() END,
+       comment  = CASE s.id WHEN %(step_id)s THEN %(step_comment)s END,
+       result   = CASE s.id WHEN %(step_id)s THEN %(step_result)s::jsonb END,
+       started  = CASE s.id WHEN %(step_id)s THEN s.started ELSE clock_timestamp() END,
+       attempts = CASE s.id WHEN %(step_id)s THEN s.attempts ELSE s.attempts + 1 END
+  FROM job_instances j
+ WHERE j.id = %(job_id)s
+   AND j.worker_id = %(worker_id)s
+   AND j.state = 'Running'
+   AND s.id IN (%(step_id)s, %(next_id)s)
+   AND (s.id = %(step_id)s OR j.cancel_requested IS NULL)
+"""
+
+# Of the job whose row the CTE `job` has written: its last step ends (step_id NULL: none was running).
 ENDED_CTE = """
 ended AS (
     UPDATE job_steps s
@@ -565,55 +589,14 @@ ended AS (
            comment  = %(step_comment)s,
            result   = %(step_result)s
       FROM job
-     WHERE s.id = %(step_id)s
+     WHERE job.id = %(job_id)s
+       AND s.id = %(step_id)s
 )"""
 
-# One step ends and the next begins: one statement, one commit, and at every moment the table says
-# which step is running. One UPDATE for both rows, because each further one costs a tenth of the whole.
-# No row lock on the job is needed: while this session lives, nobody can take the job over, since that
-# takes the lock this session holds; after a lost connection the new session looks at worker_id anew.
-NEXT_SQL = """
+# The last step ends, and the job with it. again: the failed steps, and only they, wait for another
+# attempt; with the one that just failed, whose row ENDED_CTE writes.
+END_SQL = f"""
 WITH job AS (
-    SELECT id, cancel_requested, comment
-      FROM job_instances
-     WHERE id = %(job_id)s
-       AND worker_id = %(worker_id)s
-       AND state = 'Running'
-), step AS (
-    UPDATE job_steps s
-       SET state    = CASE WHEN s.id = %(step_id)s THEN %(step_state)s     ELSE 'Running' END,
-           finished = CASE WHEN s.id = %(step_id)s THEN clock_timestamp()  END,
-           comment  = CASE WHEN s.id = %(step_id)s THEN %(step_comment)s   END,
-           result   = CASE WHEN s.id = %(step_id)s THEN %(step_result)s::jsonb END,
-           started  = CASE WHEN s.id = %(step_id)s THEN s.started          ELSE clock_timestamp() END,
-           attempts = CASE WHEN s.id = %(step_id)s THEN s.attempts         ELSE s.attempts + 1 END
-      FROM job
-     WHERE s.id IN (%(step_id)s, %(next_id)s)
-       AND (s.id = %(step_id)s OR job.cancel_requested IS NULL)
-    RETURNING s.id, s.name, s.object_id, s.alarm_id, s.feature_id, s.parameters, s.attempts
-)
-SELECT CASE WHEN job.cancel_requested IS NOT NULL THEN job.comment END AS cancelled, step.*
-  FROM job LEFT JOIN step ON step.id = %(next_id)s
-"""
-
-# The last step ends (step_id NULL: none was running) and the job with it. again: the failed steps,
-# and only they, wait for another attempt; with the one that just failed, whose row ENDED_CTE writes.
-END_CTE = f"""
-job AS (
-    SELECT id
-      FROM job_instances
-     WHERE id = %(job_id)s
-       AND worker_id = %(worker_id)s
-       AND state = 'Running'
-), {ENDED_CTE}, again AS (
-    UPDATE job_steps s
-       SET state = 'Created', finished = NULL, attempts = 0
-      FROM job
-     WHERE %(again)s
-       AND s.job_instance_id = job.id
-       AND s.state = 'Failed'
-       AND s.id IS DISTINCT FROM %(step_id)s
-), closed AS (
     UPDATE job_instances j
        SET state     = %(state)s,
            comment   = %(comment)s,
@@ -624,23 +607,54 @@ job AS (
                             ELSE j.run_after END,
            started   = CASE WHEN NOT %(again)s THEN j.started END,
            finished  = CASE WHEN %(state)s <> 'Queued' THEN clock_timestamp() END,
+           last_state_change = clock_timestamp(),
            worker_id = NULL
+     WHERE id = %(job_id)s
+       AND worker_id = %(worker_id)s
+       AND state = 'Running'
+    RETURNING id
+), {ENDED_CTE}, again AS (
+    UPDATE job_steps s
+       SET state = 'Created', finished = NULL, attempts = 0
       FROM job
-     WHERE j.id = job.id
-    RETURNING j.id AS closed_id
-)"""  # noqa: S608
-
-END_SQL = f"""
-WITH {END_CTE}
-SELECT closed_id, set_config('application_name', %(application_name)s, false) FROM closed
+     WHERE %(again)s
+       AND s.job_instance_id = job.id
+       AND s.state = 'Failed'
+       AND s.id IS DISTINCT FROM %(step_id)s
+)
+SELECT id, set_config('application_name', %(application_name)s, false) FROM job
 """  # noqa: S608
 
+# The same for a job that has ended for good, and the claim of the next one with it: one UPDATE for
+# both rows, as in NEXT_SQL. Returns the ended job, if it was ours, and the claimed one, if there was any.
 END_AND_CLAIM_SQL = f"""
-WITH {END_CTE}, {CLAIM_CTE}
-SELECT (SELECT closed_id FROM closed), claimed.*,
-       set_config('application_name', %(application_name)s, false)
-  FROM (VALUES (1)) AS always LEFT JOIN claimed ON true
+WITH {CANDIDATE_CTE}, job AS (
+    UPDATE job_instances j
+       SET state     = CASE j.id WHEN %(job_id)s THEN %(state)s        ELSE j.state END,
+           comment   = CASE j.id WHEN %(job_id)s THEN %(comment)s      ELSE j.comment END,
+           attempts  = CASE j.id WHEN %(job_id)s THEN j.attempts + 1   ELSE j.attempts END,
+           finished  = CASE j.id WHEN %(job_id)s THEN clock_timestamp() END,
+           last_state_change = CASE j.id WHEN %(job_id)s THEN clock_timestamp() ELSE j.last_state_change END,
+           worker_id = CASE j.id WHEN %(job_id)s THEN NULL ELSE %(worker_id)s::bigint END
+     WHERE j.id IN (%(job_id)s, (SELECT id FROM candidate))
+       AND (j.id <> %(job_id)s OR j.worker_id = %(worker_id)s AND j.state = 'Running')
+    RETURNING j.id, j.state, j.description, j.parameters, j.attempts, j.worker_id, j.job_type_id
+), {ENDED_CTE}
+SELECT job.id, job.state, job.description, job.parameters, job.attempts, job.worker_id,
+       t.name, t.max_attempts, t.step_timeout,
+       (SELECT set_config('application_name', %(application_name)s, false))
+  FROM job
+  JOIN job_types t ON t.id = job.job_type_id
 """  # noqa: S608
+
+# How a cancelled job ends: what CANCEL_SQL wrote, and what was left.
+CANCELLED_SQL = """
+SELECT format('%%s, %%s of %%s steps not run', j.comment, count(*) FILTER (WHERE s.state = 'Created'), count(s.id))
+  FROM job_instances j
+  LEFT JOIN job_steps s ON s.job_instance_id = j.id
+ WHERE j.id = %(job_id)s
+ GROUP BY j.id
+"""
 
 
 class JobInstance:
@@ -683,7 +697,7 @@ class JobInstance:
         self._job_id = job_id
         self._job_step_ids: list[int] | None = None
         self._failed: list[int] = []  # ids of the steps that failed in this attempt
-        self._todo: list[int] = []    # ids of the steps still to run, in order
+        self._todo: Iterator[dict[str, Any]] = iter(())  # the steps still to run, in order
         self._step: dict[str, Any] = {}
         self._job = self._read()
         self._skipped = skip_test and "test" in self.description.lower()
@@ -765,9 +779,10 @@ class JobInstance:
     def _read(self) -> dict[str, Any]:
         row, self._worker.claimed = self._worker.claimed, None
         if row is None or row["id"] != self._job_id:
-            row = self._worker.one(READ_SQL, {"job_id": self._job_id})
-        if row is None:
-            raise ValueError(f"there is no job {self._job_id} in job_instances")
+            found = self._worker.execute(READ_SQL, {"job_id": self._job_id}).fetchone()
+            if found is None:
+                raise ValueError(f"there is no job {self._job_id} in job_instances")
+            row = dict(zip(JOB_COLUMNS, found, strict=True))
         return row
 
     def _check_row(self) -> None:
@@ -798,24 +813,24 @@ class JobInstance:
     def _create_database_steps(self) -> None:
         """Create the rows of `_create_steps` and set the job Queued, in one transaction."""
         with self._refusing():
-            steps = self._create_steps()
-            row = self._worker.one(QUEUE_SQL, self._ids() | {
-                "steps": Jsonb(steps), "begin": self._worker.begin_at_once,
-                "application_name": self._application_name})
+            steps = json.dumps(self._create_steps())
+            row = self._worker.execute(QUEUE_SQL, self._ids() | {
+                "steps": steps, "begin": self._worker.begin_at_once,
+                "application_name": self._application_name}).fetchone()
         if row is None:
             raise JobTakenOver(f"job {self._job_id} was taken by another worker")
-        self._job_step_ids = row["step_ids"]
-        self._todo = list(self._job_step_ids)
-        self._job["state"] = row["state"]
-        if steps:
-            self._step = {"id": self._todo[0], "name": "step 1", "object_id": None, "alarm_id": None,
-                          "feature_id": None, "parameters": {}, "attempts": 1} | steps[0]
+        self._job["state"], step_ids, *_ = row
+        self._job_step_ids = sorted(step_ids)
+        # From JSON, so that a step is told the same whether the job is new or resumed.
+        self._todo = (as_created(step_id, position, step) for position, (step_id, step) in
+                      enumerate(zip(self._job_step_ids, json.loads(steps), strict=True), 1))
 
     def _load_steps(self) -> None:
         rows = query(self.connection, STEPS_SQL, {"job_id": self._job_id})
-        self._job_step_ids = [step_id for step_id, _ in rows]
-        self._todo = [step_id for step_id, state in rows if state not in ("Finished", "Failed")]
-        self._failed = [step_id for step_id, state in rows if state == "Failed"]
+        self._job_step_ids = [step_id for step_id, *_ in rows]
+        self._failed = [step_id for step_id, *_, state in rows if state == "Failed"]
+        self._todo = (dict(zip(STEP, step, strict=True))
+                      for *step, state in rows if state not in ("Finished", "Failed"))
 
     # Running it.
 
@@ -830,43 +845,47 @@ class JobInstance:
         if self._job_step_ids is None:
             raise ValueError(f"the steps of job {self._job_id} are not created: "
                              "call _create_database_steps first")
-        row = (self._step | {"cancelled": None} if self.state == "Running" else self._begin())
-        todo, self._todo = self._todo, []
-        for step_id, next_id in itertools.pairwise([*todo, None]):
-            if row["cancelled"]:
-                break
-            self._step = row
-            row = self._work(step_id, next_id)
+        todo, self._todo = self._todo, iter(())
+        step = next(todo, None)
+        cancelled = self.state != "Running" and self._begin(step)
+        while step and not cancelled:
+            self._step = step | {"attempts": step["attempts"] + 1}
+            following = next(todo, None)
+            cancelled = self._work(step["id"], following and following["id"])
             if self.state != "Running":
                 return self._failed
-        self._end(cancelled=row["cancelled"])
+            step = following
+        self._end(cancelled)
         return self._failed
 
-    def _begin(self) -> dict[str, Any]:
-        row = self._worker.one(BEGIN_SQL, self._ids() | {
-            "next_id": self._todo[0] if self._todo else None, "application_name": self._application_name})
+    def _begin(self, step: dict[str, Any] | None) -> bool:
+        """Let the job and its first step be Running; return true if it was cancelled instead."""
+        row = self._worker.execute(BEGIN_SQL, self._ids() | {
+            "next_id": step and step["id"], "application_name": self._application_name}).fetchone()
         if row is None:
             state = self._read()["state"]
             if state == "Queued":
                 raise JobTakenOver(f"job {self._job_id} belongs to another worker")
             raise ValueError(f"job {self._job_id} is in state {state!r}, not 'Queued'")
         self._job["state"] = "Running"
-        return row
+        return row[0]
 
     def _ids(self) -> dict[str, Any]:
         return {"job_id": self._job_id, "worker_id": self._worker.id}
 
-    def _work(self, step_id: int, next_id: int | None) -> dict[str, Any]:
-        """Run a step and record its end, and with it the next one's begin or the job's end."""
+    def _work(self, step_id: int, next_id: int | None) -> bool:
+        """Run a step and record its end, and with it the next one's begin or the job's end.
+
+        Return true if the job was cancelled and the next step therefore not begun.
+        """
         in_transaction = (self.connection.transaction() if self._step_in_transaction
                           else contextlib.nullcontext())
         try:
             with in_transaction:
                 result = self._run_limited(step_id)
-                mark = {"step_id": step_id, "step_state": "Finished", "step_comment": None,
-                        "step_result": None if result is None else Jsonb(result)}
-                row = self._record(mark, next_id)
-            return self._recorded(row)
+                recorded = self._record({"step_id": step_id, "step_state": "Finished", "step_comment": None,
+                                         "step_result": None if result is None else json.dumps(result)}, next_id)
+            return self._believe(*recorded)
         except JobTakenOver:
             raise
         except (Exception, SystemExit, StepTimeout) as exc:
@@ -877,7 +896,7 @@ class JobInstance:
             comment = self._explain(step_id, exc)
         self._failed.append(step_id)
         mark = {"step_id": step_id, "step_state": "Failed", "step_comment": comment, "step_result": None}
-        return self._recorded(self._record(mark, next_id))
+        return self._believe(*self._record(mark, next_id))
 
     def _run_limited(self, step_id: int) -> Mapping[str, Any] | None:
         with time_limit(self._job["step_timeout"]):
@@ -896,33 +915,32 @@ class JobInstance:
         return clean(str(exc) if known else
                      f"Unknown error, please check the logs: {exc or type(exc).__name__}")
 
-    def _record(self, mark: dict[str, Any], next_id: int | None) -> dict[str, Any]:
+    def _record(self, mark: dict[str, Any], next_id: int | None) -> tuple[str, dict[str, Any] | None, bool]:
+        """Write a step's end and what follows; return the job's state, the job claimed, whether it was cancelled."""
         if next_id is None:
             return self._write_end(mark, **self._outcome())
         if self._worker.stopping():
             return self._write_end(mark, state="Queued", counted=0)
-        row = self._worker.one(NEXT_SQL, self._ids() | mark | {"next_id": next_id})
-        if row is None:
+        written = self._worker.execute(NEXT_SQL, self._ids() | mark | {"next_id": next_id}).rowcount
+        if not written:
             raise JobTakenOver(f"job {self._job_id} was taken over; step {mark['step_id']} is not recorded")
-        return row
+        return "Running", None, written == 1
 
-    def _recorded(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Believe what `_record` wrote, now that it is committed."""
-        if "ended" in row:
-            self._worker.claimed = row["claimed"]
-            self._job["state"] = row["ended"]
-        return row
+    def _believe(self, state: str, claimed: dict[str, Any] | None, cancelled: bool) -> bool:
+        """Take note of what `_record` wrote, now that it is committed."""
+        self._job["state"] = state
+        if state != "Running":
+            self._worker.claimed = claimed
+        return cancelled
 
-    def _end(self, cancelled: str | None) -> None:
+    def _end(self, cancelled: bool) -> None:
         """End a job of which no step is running."""
         outcome = self._outcome()
         if cancelled:
-            total = len(self._job_step_ids)
-            left = sum(state == "Created" for _, state in query(self.connection, STEPS_SQL, self._ids()))
-            outcome = {"state": "Failed", "counted": 1,
-                       "comment": f"{cancelled}, {left} of {total} steps not run"}
-        self._recorded(self._write_end(
-            {"step_id": None, "step_state": None, "step_comment": None, "step_result": None}, **outcome))
+            (comment,) = self._worker.execute(CANCELLED_SQL, self._ids()).fetchone()
+            outcome = {"state": "Failed", "comment": comment}
+        mark = {"step_id": None, "step_state": None, "step_comment": None, "step_result": None}
+        self._believe(*self._write_end(mark, **outcome))
 
     def _outcome(self) -> dict[str, Any]:
         """Return how the job ends when all steps have run."""
@@ -938,20 +956,29 @@ class JobInstance:
                     "comment": f"{comment}, attempt {attempt} of {of}; they run again after run_after"}
         return {"state": "Failed", "comment": comment}
 
-    def _write_end(self, mark: dict[str, Any], state: str, comment: str | None = None,
-                   again: bool = False, counted: int = 1) -> dict[str, Any]:
+    def _write_end(self, mark: dict[str, Any], state: str, comment: str | None = None, again: bool = False,
+                   counted: int = 1) -> tuple[str, dict[str, Any] | None, bool]:
+        """End the job (state Queued: hand it back), and claim the next if the worker is to go on."""
         if again and mark["step_state"] == "Failed":
             mark = mark | {"step_state": "Created"}
-        claim = self._worker.claim_at_end if not self._worker.stopping() else None
-        row = self._worker.one(END_AND_CLAIM_SQL if claim else END_SQL, self._ids() | mark | (claim or {}) | {
+        claim = self._worker.claim_at_end
+        if state == "Queued" or self._worker.stopping():
+            claim = None
+        rows = self._worker.execute(END_AND_CLAIM_SQL if claim else END_SQL, self._ids() | mark | (claim or {}) | {
             "state": state, "comment": comment, "again": again, "counted": counted,
-            "application_name": self._worker.idle_name})
-        if row is None or row["closed_id"] is None:
+            "application_name": self._worker.idle_name}).fetchall()
+        claimed = next((dict(zip(JOB_COLUMNS, row, strict=False)) for row in rows if row[0] != self._job_id), None)
+        if len(rows) == bool(claimed):
             if not self.connection.info.transaction_status:  # else the claim is rolled back
-                self._worker.claimed = row
+                self._worker.claimed = claimed
             raise JobTakenOver(f"job {self._job_id} was taken over; its end is not recorded")
-        claimed = row if row.get("id") else None
-        return {"ended": state, "claimed": claimed, "cancelled": None}
+        return state, claimed, False
+
+
+def as_created(step_id: int, position: int, given: dict[str, Any]) -> dict[str, Any]:
+    """Return a step that `_create_steps` gave as QUEUE_SQL has written it."""
+    step = STEP | {"id": step_id, "name": f"step {position}"}
+    return step | {column: value for column, value in given.items() if column in STEP and value is not None}
 
 
 def refuse(worker: Worker, job_id: int, exc: Exception) -> None:
@@ -960,7 +987,7 @@ def refuse(worker: Worker, job_id: int, exc: Exception) -> None:
     comment = str(exc) if known else f"Unknown error, please check the logs: {exc or type(exc).__name__}"
     if worker.connection.info.transaction_status:
         worker.connection.rollback()
-    if worker.one(REFUSE_SQL, {"job_id": job_id, "worker_id": worker.id, "comment": clean(comment)}):
+    if worker.execute(REFUSE_SQL, {"job_id": job_id, "worker_id": worker.id, "comment": clean(comment)}).fetchone():
         log.error("job=%d state=Failed: %s", job_id, exc or type(exc).__name__, exc_info=None if known else exc)
 
 

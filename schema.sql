@@ -413,7 +413,7 @@ COMMENT ON FUNCTION job_instances_state_changed() IS 'Keeps last_state_change, w
 
 CREATE OR REPLACE TRIGGER job_instances_state_changed
     BEFORE UPDATE OF state ON job_instances
-    FOR EACH ROW WHEN (OLD.state IS DISTINCT FROM NEW.state)
+    FOR EACH ROW WHEN (OLD.state <> NEW.state AND OLD.last_state_change = NEW.last_state_change)
     EXECUTE FUNCTION job_instances_state_changed();
 
 

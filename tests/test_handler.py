@@ -166,7 +166,7 @@ def test_a_new_job_wakes_an_idle_worker(start_handler, ask, states, conn):
     start_handler(*SAMPLES, "--poll", "1000")
     wait_for(lambda: conn.execute(  # the last statement of an idle turn
         "SELECT 1 FROM pg_stat_activity WHERE application_name LIKE 'performance server worker %%' "
-        "AND state = 'idle' AND query LIKE '%%SKIP LOCKED%%claimed%%'").fetchone())
+        "AND state = 'idle' AND query LIKE '%%SKIP LOCKED%%UPDATE job_instances%%'").fetchone())
     ask()
     wait_for(lambda: states() == ["Finished"], timeout=10)
 
@@ -280,8 +280,8 @@ def test_a_long_job_waits_for_the_disk_once_per_step(conn, dsn, server):
     jobs.write_types(worker.connection, ["Noop"])
     job = sample_jobs.Noop(jobs.create_job(worker.connection, "Noop", {"steps": 200}))
     statements = []
-    execute = worker.one
-    worker.one = lambda sql, params: statements.append(sql) or execute(sql, params)
+    execute = worker.execute
+    worker.execute = lambda sql, params: statements.append(sql) or execute(sql, params)
     job.run()
     waiting = [sql for sql in statements if "'synchronous_commit', 'off'" not in sql]
     assert len(waiting) == 200
