@@ -638,13 +638,14 @@ WITH {CANDIDATE_CTE}, job AS (
            worker_id = CASE j.id WHEN %(job_id)s THEN NULL ELSE %(worker_id)s::bigint END
      WHERE j.id IN (%(job_id)s, (SELECT id FROM candidate))
        AND (j.id <> %(job_id)s OR j.worker_id = %(worker_id)s AND j.state = 'Running')
-    RETURNING j.id, j.state, j.description, j.parameters, j.attempts, j.worker_id, j.job_type_id
+    RETURNING j.id, j.state, j.description, CASE WHEN j.id <> %(job_id)s THEN j.parameters END AS parameters,
+              j.attempts, j.worker_id, j.job_type_id
 ), {ENDED_CTE}
 SELECT job.id, job.state, job.description, job.parameters, job.attempts, job.worker_id,
        t.name, t.max_attempts, t.step_timeout,
        (SELECT set_config('application_name', %(application_name)s, false))
   FROM job
-  JOIN job_types t ON t.id = job.job_type_id
+  LEFT JOIN job_types t ON t.id = job.job_type_id AND job.id <> %(job_id)s
 """  # noqa: S608
 
 # How a cancelled job ends: what CANCEL_SQL wrote, and what was left.

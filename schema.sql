@@ -136,12 +136,9 @@ CREATE TABLE IF NOT EXISTS job_instances (
 
     -- One CHECK for all five states: PostgreSQL reads each CHECK anew in every statement, and it shows.
     CONSTRAINT job_state_fits_its_times CHECK (
-        CASE state WHEN 'Created'  THEN finished IS NULL
-                   WHEN 'Queued'   THEN finished IS NULL
-                   WHEN 'Running'  THEN finished IS NULL AND started IS NOT NULL
-                   WHEN 'Finished' THEN finished IS NOT NULL
-                   WHEN 'Failed'   THEN finished IS NOT NULL
-                   ELSE false END),
+        state = ANY (CASE WHEN finished IS NOT NULL THEN '{Finished,Failed}'::text[]
+                          WHEN started IS NOT NULL  THEN '{Created,Queued,Running}'
+                          ELSE                           '{Created,Queued}' END)),
     CONSTRAINT job_columns_make_sense CHECK (
         jsonb_typeof(parameters) = 'object' AND attempts >= 0)
 ) WITH (
@@ -208,12 +205,9 @@ CREATE TABLE IF NOT EXISTS job_steps (
 
     CONSTRAINT step_position_is_taken_once     UNIQUE (job_instance_id, position),
     CONSTRAINT step_state_fits_its_times CHECK (  -- one CHECK, see job_instances
-        CASE state WHEN 'Created'  THEN finished IS NULL
-                   WHEN 'Queued'   THEN finished IS NULL
-                   WHEN 'Running'  THEN finished IS NULL AND started IS NOT NULL
-                   WHEN 'Finished' THEN finished IS NOT NULL
-                   WHEN 'Failed'   THEN finished IS NOT NULL
-                   ELSE false END),
+        state = ANY (CASE WHEN finished IS NOT NULL THEN '{Finished,Failed}'::text[]
+                          WHEN started IS NOT NULL  THEN '{Created,Queued,Running}'
+                          ELSE                           '{Created,Queued}' END)),
     CONSTRAINT step_columns_make_sense CHECK (
         jsonb_typeof(parameters) = 'object' AND position >= 0 AND attempts >= 0)
 ) WITH (
