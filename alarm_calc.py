@@ -72,7 +72,8 @@ SELECT pg_advisory_xact_lock('alarms_history'::regclass::oid::int, hashint8(obje
 # rule is empty if the trigger is malformed or an important alarm's step failed in this job: nothing
 # is changed then, and explain() finds out why.
 # A sample triggers if above < value < below, where above NULL is no bound. NaN is greater than any
-# number in PostgreSQL, so `value < 'NaN'` keeps NaN out of an alarm that has no upper bound.
+# number in PostgreSQL, so `value < 'NaN'` keeps NaN out of an alarm that has no upper bound. The lower
+# bound is looked at first, because it turns most samples of most alarms away.
 # Samples are read from the index alone (primary key of feature_values), in its order. The columns of
 # rule stand in scalar subqueries, because a join would hand every sample through one more node: twice
 # the time.
@@ -110,8 +111,8 @@ WITH rule AS MATERIALIZED (
        AND v.feature_id = (SELECT feature_id FROM rule)
        AND v.timestamp > %(start)s
        AND v.timestamp < %(end)s::timestamptz + (SELECT sample_interval FROM rule)
+       AND (v.value > (SELECT above FROM rule)) IS NOT FALSE
        AND v.value < (SELECT below FROM rule)
-       AND (v.value > (SELECT above FROM rule) OR (SELECT above FROM rule) IS NULL)
 ), important AS (
     SELECT range_agg(tstzrange(h.start_time, h.end_time)) AS covered
       FROM rule
@@ -142,12 +143,17 @@ WITH rule AS MATERIALIZED (
      USING old
      WHERE h.id = old.id
        AND old.start_time NOT IN (SELECT start_time FROM period)
-), written AS (
+), changed AS (
+    UPDATE alarms_history h
+       SET end_time = period.end_time
+      FROM old
+      JOIN period ON period.start_time = old.start_time AND period.end_time <> old.end_time
+     WHERE h.id = old.id
+), added AS (
     INSERT INTO alarms_history (object_id, alarm_id, start_time, end_time)
     SELECT rule.object_id, rule.alarm_id, period.start_time, period.end_time
       FROM rule, period
-     WHERE (period.start_time, period.end_time) NOT IN (SELECT start_time, end_time FROM old)
-    ON CONFLICT (object_id, alarm_id, start_time) DO UPDATE SET end_time = EXCLUDED.end_time
+     WHERE period.start_time NOT IN (SELECT start_time FROM old)
 )
 SELECT (SELECT count(*) FROM period WHERE start_time < %(end)s AND end_time > %(start)s) AS periods,
        (SELECT COALESCE(sum(extract(epoch FROM upper(r) - lower(r))), 0)::float8
