@@ -60,6 +60,21 @@ def at(minutes):
     return MIDNIGHT + timedelta(minutes=minutes)
 
 
+def test_a_plan_made_on_an_empty_history_does_not_read_it_whole_later(conn, dsn, ask):
+    """A plan is kept and used for the other objects, whose periods are many by then."""
+    make_park(conn, objects=[f"LAN-{n}" for n in range(30)])
+    conn.execute("VACUUM alarms_history")  # now PostgreSQL knows that it is empty
+    job_id = ask(objects=[f"LAN-{n}" for n in range(30)])
+    worker = jobs.Worker(dsn)
+    jobs.use_worker(worker)
+    alarm_calc.JobAlarmCalc(job_id).run()
+    worker.connection.execute("SELECT pg_stat_force_next_flush()")
+    read = conn.execute("SELECT seq_scan FROM pg_stat_user_tables WHERE relname = 'alarms_history'").fetchone()
+    assert read["seq_scan"] == 0
+    jobs.use_worker(None)
+    worker.close()
+
+
 @pytest.mark.parametrize(("rule", "values", "expected"), [
     pytest.param(trigger("high", value=10), [9, 11, 12, 9], [(10, 30)], id="high"),
     pytest.param(trigger("low", value=10), [9, 11, 8, 9], [(0, 10), (20, 40)], id="low"),
