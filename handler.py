@@ -179,6 +179,8 @@ class JobHandler:
         now = time.monotonic()
         if now - self._looked_after < LOOK_AFTER_SECONDS:
             return False
+        if self._looked_after > 0:  # at the start there are no plans yet
+            self.worker.forget_plans()
         self._looked_after = now
         jobs.end_overrun(self.worker)
         recovered = jobs.recover(self.worker)

@@ -270,6 +270,14 @@ class Worker:
             self._cursor = self.connection.cursor(row_factory=tuple_row)  # a new one costs a tenth of a round trip
         return self._cursor.execute(sql, params)
 
+    def forget_plans(self) -> None:
+        """Have all statements planned anew when they are next run.
+
+        PostgreSQL keeps the plans of a session's statements. Made while a table was small they read
+        it from end to end, and go on doing so for a minute or more after it has grown.
+        """
+        self.connection.execute("DISCARD PLANS")
+
     def claim(self, types: Sequence[str], with_tests: bool = False) -> dict[str, Any] | None:
         """Take the most urgent due job of `types` and return its `JOB_COLUMNS`, None if there is none."""
         row = self.execute(CLAIM_SQL, self.claim_params(types, with_tests)).fetchone()
@@ -464,6 +472,8 @@ SELECT j.id, j.state, j.description, j.parameters, j.attempts, j.worker_id,
 
 #: what a step is told of itself, in the order of STEPS_SQL; the values of a step that says nothing
 STEP = {"id": 0, "name": "", "object_id": None, "alarm_id": None, "feature_id": None, "parameters": {}, "attempts": 0}
+
+MANY_STEPS = 1000  # of a job: NEXT_SQL must not be run by a plan for a small table
 
 STEPS_SQL = """
 SELECT id, name, object_id, alarm_id, feature_id, parameters, attempts, state
@@ -846,6 +856,8 @@ class JobInstance:
         if self._job_step_ids is None:
             raise ValueError(f"the steps of job {self._job_id} are not created: "
                              "call _create_database_steps first")
+        if len(self._job_step_ids) >= MANY_STEPS:
+            self._worker.forget_plans()
         todo, self._todo = self._todo, iter(())
         step = next(todo, None)
         cancelled = self.state != "Running" and self._begin(step)

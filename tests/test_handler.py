@@ -289,5 +289,43 @@ def test_a_long_job_waits_for_the_disk_once_per_step(conn, dsn, server):
     worker.close()
 
 
+@pytest.fixture
+def small_tables(conn, dsn):
+    """Return a worker that planned its statements while the tables were small, and what counts whole reads of one."""
+    worker = jobs.Worker(dsn)
+    jobs.use_worker(worker)
+    jobs.write_types(worker.connection, ["Noop"])
+    conn.execute("VACUUM job_instances, job_steps")
+    jobs.create_jobs(worker.connection, "Noop", [{"steps": 12}] * 12)
+    while row := worker.claim(["Noop"]):
+        sample_jobs.Noop(row["id"]).run()
+
+    def read_whole(table):
+        worker.connection.execute("SELECT pg_stat_force_next_flush()")
+        row = conn.execute("SELECT seq_scan FROM pg_stat_user_tables WHERE relname = %s", [table]).fetchone()
+        return row["seq_scan"]
+    yield worker, read_whole
+    jobs.use_worker(None)
+    worker.close()
+
+
+def test_a_backlog_that_comes_at_once_is_not_read_whole(small_tables, dsn):
+    worker, read_whole = small_tables
+    jobs.create_jobs(worker.connection, "Noop", [{}] * 3000)
+    looking = handler.JobHandler(dsn)
+    looking.worker, looking._looked_after = worker, 1.0  # the last look was long ago
+    looking._look_after()
+    before = read_whole("job_instances")
+    assert worker.claim(["Noop"])
+    assert read_whole("job_instances") == before
+
+
+def test_a_long_job_after_short_ones_does_not_read_all_steps_at_each(small_tables):
+    worker, read_whole = small_tables
+    before = read_whole("job_steps")
+    sample_jobs.Noop(jobs.create_job(worker.connection, "Noop", {"steps": jobs.MANY_STEPS})).run()
+    assert read_whole("job_steps") - before < 10
+
+
 def test_the_menu_of_exit_statuses_is_the_documented_one():
     assert (handler.OK, handler.JOBS_FAILED, handler.USAGE, handler.NO_DATABASE) == (0, 1, 2, 3)
