@@ -658,9 +658,10 @@ SELECT job.id, job.state, job.description, job.parameters, job.attempts, job.wor
   LEFT JOIN job_types t ON t.id = job.job_type_id AND job.id <> %(job_id)s
 """  # noqa: S608
 
-# How a cancelled job ends: what CANCEL_SQL wrote, and what was left.
+# How a job ends whose next step was not begun: it was cancelled, and CANCEL_SQL wrote why.
 CANCELLED_SQL = """
-SELECT format('%%s, %%s of %%s steps not run', j.comment, count(*) FILTER (WHERE s.state = 'Created'), count(s.id))
+SELECT format('%%s, %%s of %%s steps not run', COALESCE(j.comment, 'Stopped: its next step is gone from job_steps'),
+              count(*) FILTER (WHERE s.state = 'Created'), count(s.id))
   FROM job_instances j
   LEFT JOIN job_steps s ON s.job_instance_id = j.id
  WHERE j.id = %(job_id)s
@@ -981,7 +982,7 @@ class JobInstance:
             "state": state, "comment": comment, "again": again, "counted": counted,
             "application_name": self._worker.idle_name}).fetchall()
         claimed = next((dict(zip(JOB_COLUMNS, row, strict=False)) for row in rows if row[0] != self._job_id), None)
-        if len(rows) == bool(claimed):
+        if all(row[0] != self._job_id for row in rows):
             if not self.connection.info.transaction_status:  # else the claim is rolled back
                 self._worker.claimed = claimed
             raise JobTakenOver(f"job {self._job_id} was taken over; its end is not recorded")
