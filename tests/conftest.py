@@ -111,11 +111,23 @@ SELECT md5(string_agg(thing, ',' ORDER BY thing))
         SELECT conname::text FROM pg_constraint) AS things(thing)
 """
 
+# Only the tables that were used, with rows or numbers: a TRUNCATE makes new files for each.
 EMPTY_SQL = """
 DO $$
+DECLARE
+    name text;
+    used text[];
+    has_rows boolean;
 BEGIN
-    EXECUTE (SELECT 'TRUNCATE ' || string_agg(quote_ident(tablename), ', ') || ' RESTART IDENTITY'
-               FROM pg_tables WHERE schemaname = 'public' AND tablename <> 'job_states');
+    FOR name IN SELECT tablename FROM pg_tables WHERE schemaname = 'public' AND tablename <> 'job_states' LOOP
+        EXECUTE format('SELECT EXISTS (SELECT FROM %I)', name) INTO has_rows;
+        IF has_rows OR EXISTS (SELECT FROM pg_sequences WHERE sequencename = name || '_id_seq' AND last_value > 0) THEN
+            used := used || quote_ident(name);
+        END IF;
+    END LOOP;
+    IF used IS NOT NULL THEN
+        EXECUTE 'TRUNCATE ' || array_to_string(used, ', ') || ' RESTART IDENTITY CASCADE';
+    END IF;
     PERFORM pg_stat_reset();
 END $$
 """

@@ -185,10 +185,10 @@ def test_watch_follows_a_job_to_its_end(ctl, conn, start_handler):
     job_id = jobs.create_job(conn, "Scripted", {"steps": ["sleep"] * 4, "sleep": 0.15})
     watching = subprocess.Popen([sys.executable, ROOT / "jobctl.py", "watch", str(job_id), "--interval", "0.02"],
                                 stdout=subprocess.PIPE, text=True)
+    assert f"job {job_id}  [........................] 0/0 Created" in watching.stdout.readline()
     start_handler("--once", "--module", "sample_jobs")
     lines = watching.communicate(timeout=20)[0].splitlines()
     assert watching.returncode == 0
-    assert f"job {job_id}  [........................] 0/0 Created" in lines[0]
     half = next(line for line in lines if "[############............] 2/4 Running" in line)
     assert "/s  " in half
     assert " left  sleep" in half
