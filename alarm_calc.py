@@ -78,8 +78,8 @@ SELECT pg_advisory_xact_lock('alarms_history'::regclass::oid::int, hashint8(obje
 # number in PostgreSQL, so `value < 'NaN'` keeps NaN out of an alarm that has no upper bound. The lower
 # bound is looked at first, because it turns most samples of most alarms away.
 # Samples are read from the index alone (primary key of feature_values), in its order. The columns of
-# rule stand in scalar subqueries, because a join would hand every sample through one more node: twice
-# the time.
+# rule stand in scalar subqueries: a join would hand every sample through one more node, twice the time,
+# and would let PostgreSQL read the history from end to end if it was small when the plan was made.
 CALCULATE_SQL = """
 WITH rule AS MATERIALIZED (
     SELECT s.object_id, a.id AS alarm_id, f.id AS feature_id, f.sample_interval,
@@ -118,22 +118,22 @@ WITH rule AS MATERIALIZED (
        AND v.value < (SELECT below FROM rule)
 ), important AS (
     SELECT range_agg(tstzrange(h.start_time, h.end_time)) AS covered
-      FROM rule
-      JOIN alarms_history h ON h.object_id = rule.object_id
-                           AND h.alarm_id = ANY(rule.important_ids)
-                           AND h.start_time < %(end)s
-                           AND h.end_time > %(start)s
+      FROM alarms_history h
+     WHERE h.object_id = (SELECT object_id FROM rule)
+       AND h.alarm_id = ANY((SELECT important_ids FROM rule)::int[])
+       AND h.start_time < %(end)s
+       AND h.end_time > %(start)s
 ), found AS (
     SELECT COALESCE(triggering, '{}') * tstzmultirange(tstzrange(%(start)s, %(end)s))
            - COALESCE(covered, '{}') AS inside
       FROM sample, important
 ), old AS MATERIALIZED (
     SELECT h.id, h.start_time, h.end_time
-      FROM rule
-      JOIN alarms_history h ON h.object_id = rule.object_id
-                           AND h.alarm_id = rule.alarm_id
-                           AND h.start_time <= %(end)s
-                           AND h.end_time >= %(start)s
+      FROM alarms_history h
+     WHERE h.object_id = (SELECT object_id FROM rule)
+       AND h.alarm_id = (SELECT alarm_id FROM rule)
+       AND h.start_time <= %(end)s
+       AND h.end_time >= %(start)s
 ), outside AS (
     SELECT COALESCE(range_agg(tstzrange(start_time, end_time)), '{}')
            - tstzmultirange(tstzrange(%(start)s, %(end)s)) AS kept
@@ -142,16 +142,16 @@ WITH rule AS MATERIALIZED (
     SELECT lower(p) AS start_time, upper(p) AS end_time
       FROM found, outside, unnest(found.inside + outside.kept) AS p
 ), gone AS (
-    DELETE FROM alarms_history h
-     USING old
-     WHERE h.id = old.id
-       AND old.start_time NOT IN (SELECT start_time FROM period)
+    DELETE FROM alarms_history
+     WHERE id = ANY(ARRAY(SELECT id FROM old WHERE start_time NOT IN (SELECT start_time FROM period)))
 ), changed AS (
     UPDATE alarms_history h
        SET end_time = period.end_time
-      FROM old
-      JOIN period ON period.start_time = old.start_time AND period.end_time <> old.end_time
-     WHERE h.id = old.id
+      FROM period
+     WHERE h.id = ANY(ARRAY(SELECT old.id
+                              FROM old
+                              JOIN period p ON p.start_time = old.start_time AND p.end_time <> old.end_time))
+       AND period.start_time = h.start_time
 ), added AS (
     INSERT INTO alarms_history (object_id, alarm_id, start_time, end_time)
     SELECT rule.object_id, rule.alarm_id, period.start_time, period.end_time

@@ -168,6 +168,7 @@ def cut_half_open(chaos: Chaos) -> None:
     """A worker behind a proxy that goes deaf: the server sees it vanish, the worker sees nothing."""
     for _ in range(2):
         proxy = Proxy(chaos.server)
+        chaos.ask()  # so that there is one left for the worker that is only starting
         behind = chaos.start(dsn=f"{proxy.dsn} tcp_user_timeout=2000")
         wait_for(lambda pid=behind.pid: chaos.rows(
             "SELECT 1 FROM job_instances j JOIN job_workers w ON w.id = j.worker_id WHERE w.pid = %s", pid),
