@@ -66,6 +66,7 @@ class JobHandler:
         self.second_signal_kills = True
         self._signals = 0
         self._parent = os.getppid()
+        self._introduced = False
         self._woken = False
         self._looked_after = float("-inf")
         self._wakeup, self._wakeup_end = os.pipe()  # a signal writes to it and so ends a wait
@@ -101,6 +102,8 @@ class JobHandler:
         setbacks = 0  # turns in a row that the database did not let us finish
         while not self.stopping():
             try:
+                if not self._introduced:
+                    self._introduce()
                 if not self._turn():
                     return
                 setbacks = 0
@@ -120,18 +123,19 @@ class JobHandler:
             os._exit(128 + signum)  # the connection dies with us, and the job is found at once
 
     def _start(self) -> None:
-        """Connect, take an id, say which types we know, listen for new jobs."""
+        """Connect and take an id."""
         self.worker = self._try(lambda: jobs.Worker(self.dsn), CONNECT_TRIES)
         self.worker.stopping = self.stopping
         self.worker.begin_at_once = True
         jobs.use_worker(self.worker)
-        jobs.write_types(self.worker.connection, self.types)
-        self._listen()
 
-    def _listen(self) -> None:
+    def _introduce(self) -> None:
+        """Say on a new connection which types we know, and listen for new jobs."""
+        jobs.write_types(self.worker.connection, self.types)
         if not self.once:
             self.worker.connection.add_notify_handler(self._wake)
             self.worker.connection.execute("LISTEN job_instances")
+        self._introduced = True
 
     def _wake(self, _notify: Any) -> None:
         self._woken = True
@@ -154,8 +158,8 @@ class JobHandler:
     def _reconnect(self, exc: psycopg.Error) -> None:
         log.warning("worker=%d lost the database, trying again: %s", self.worker.id, str(exc).strip())
         self._sleep(random.uniform(0, 0.2))  # not all at once
+        self._introduced = False
         self._try(self.worker.reconnect, CONNECT_TRIES if self.once else None)
-        self._listen()
         log.warning("worker=%d is back", self.worker.id)
 
     # Working.

@@ -12,6 +12,7 @@ import pytest
 import sample_jobs
 from helpers import wait_for
 
+import handler
 import jobs
 
 SAMPLES = ("--module", "sample_jobs")
@@ -176,6 +177,22 @@ def test_restarts_of_postgresql_cost_nothing_and_are_no_deaths(server, start_han
     wait_for(lambda: states("job_instances") == ["Finished"])
     assert effects(rows) == (12, 12)
     assert rows("SELECT max(attempts) FROM job_steps")[0][0] <= 2
+
+
+def test_a_connection_lost_while_starting_is_not_the_end(conn, dsn, monkeypatch):
+    """Between taking an id and the first claim, too."""
+    write_types = jobs.write_types
+    write_types(conn, ["Noop"])
+    job_id = jobs.create_job(conn, "Noop", {})
+    losses = iter([True, True])
+
+    def lose_then_write(connection, names):
+        if next(losses, False):
+            conn.execute("SELECT pg_terminate_backend(%s, 5000)", [connection.info.backend_pid])
+        write_types(connection, names)
+    monkeypatch.setattr(jobs, "write_types", lose_then_write)
+    assert handler.JobHandler(dsn, types=["Noop"], once=True).run() == handler.OK
+    assert conn.execute("SELECT state FROM job_instances WHERE id = %s", [job_id]).fetchone()["state"] == "Finished"
 
 
 def test_all_workers_are_back_soon_after_a_restart(server, start_handler, conn, rows):
