@@ -23,7 +23,6 @@ def worker(dsn, conn):
     yield worker
     jobs.use_worker(None)
     worker.close()
-    conn.execute("DROP TABLE trace")  # so that the database can be used again
 
 
 @pytest.fixture
