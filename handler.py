@@ -178,7 +178,8 @@ class JobHandler:
     def _look_after(self) -> bool:
         """Recover what dead and hanging workers left, create what schedules owe; return whether there was any.
 
-        At most once in LOOK_AFTER_SECONDS, however often it is called.
+        At most once in LOOK_AFTER_SECONDS, however often it is called. It is also when plans that were
+        made for smaller tables are given up.
         """
         now = time.monotonic()
         if now - self._looked_after < LOOK_AFTER_SECONDS:

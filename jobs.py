@@ -221,9 +221,9 @@ candidate AS (
        FOR UPDATE SKIP LOCKED
 )"""
 
-#: what a worker knows of the job it has, in the order of CLAIM_SQL, READ_SQL and END_AND_CLAIM_SQL
-JOB_COLUMNS = ("id", "state", "description", "parameters", "attempts", "worker_id",
-               "job_type", "max_attempts", "step_timeout")
+#: what a worker knows of the job it has (see `as_job`), of a job j and its type t
+JOB_COLUMNS = """j.id, j.state, j.description, j.parameters, j.attempts, j.worker_id,
+       t.name AS job_type, t.max_attempts, t.step_timeout"""
 
 # Not waiting for the disk: a claim that a crash of the server forgets leaves the job free, as it was.
 CLAIM_SQL = f"""
@@ -233,9 +233,15 @@ UPDATE job_instances j
   FROM candidate, job_types t
  WHERE j.id = candidate.id
    AND t.id = j.job_type_id
-RETURNING j.id, j.state, j.description, j.parameters, j.attempts, j.worker_id,
-          t.name, t.max_attempts, t.step_timeout, set_config('synchronous_commit', 'off', true)
+RETURNING {JOB_COLUMNS}, set_config('synchronous_commit', 'off', true)
 """  # noqa: S608
+
+
+def as_job(row: tuple[Any, ...]) -> dict[str, Any]:
+    """Return a row that begins with `JOB_COLUMNS` as a dict by their names."""
+    names = ("id", "state", "description", "parameters", "attempts", "worker_id",
+             "job_type", "max_attempts", "step_timeout")
+    return dict(zip(names, row, strict=False))
 
 
 class Worker:
@@ -279,9 +285,9 @@ class Worker:
         self.connection.execute("DISCARD PLANS")
 
     def claim(self, types: Sequence[str], with_tests: bool = False) -> dict[str, Any] | None:
-        """Take the most urgent due job of `types` and return its `JOB_COLUMNS`, None if there is none."""
+        """Take the most urgent due job of `types` and return it (`as_job`), None if there is none."""
         row = self.execute(CLAIM_SQL, self.claim_params(types, with_tests)).fetchone()
-        return dict(zip(JOB_COLUMNS, row, strict=False)) if row else None
+        return as_job(row) if row else None
 
     def claim_params(self, types: Sequence[str], with_tests: bool) -> dict[str, Any]:
         return {"types": json.dumps(list(types)), "with_tests": with_tests, "worker_id": self.id}
@@ -462,13 +468,12 @@ def period_problems(parameters: Mapping[str, Any]) -> list[str]:
 
 # ----------------------------------------------------------------------------------- JobInstance
 
-READ_SQL = """
-SELECT j.id, j.state, j.description, j.parameters, j.attempts, j.worker_id,
-       t.name, t.max_attempts, t.step_timeout
+READ_SQL = f"""
+SELECT {JOB_COLUMNS}
   FROM job_instances j
   JOIN job_types t ON t.id = j.job_type_id
  WHERE j.id = %(job_id)s
-"""
+"""  # noqa: S608
 
 #: what a step is told of itself, in the order of STEPS_SQL; the values of a step that says nothing
 STEP = {"id": 0, "name": "", "object_id": None, "alarm_id": None, "feature_id": None, "parameters": {}, "attempts": 0}
@@ -651,11 +656,9 @@ WITH {CANDIDATE_CTE}, job AS (
     RETURNING j.id, j.state, j.description, CASE WHEN j.id <> %(job_id)s THEN j.parameters END AS parameters,
               j.attempts, j.worker_id, j.job_type_id
 ), {ENDED_CTE}
-SELECT job.id, job.state, job.description, job.parameters, job.attempts, job.worker_id,
-       t.name, t.max_attempts, t.step_timeout,
-       (SELECT set_config('application_name', %(application_name)s, false))
-  FROM job
-  LEFT JOIN job_types t ON t.id = job.job_type_id AND job.id <> %(job_id)s
+SELECT {JOB_COLUMNS}, (SELECT set_config('application_name', %(application_name)s, false))
+  FROM job j
+  LEFT JOIN job_types t ON t.id = j.job_type_id AND j.id <> %(job_id)s
 """  # noqa: S608
 
 # How a job ends whose next step was not begun: it was cancelled, and CANCEL_SQL wrote why.
@@ -778,7 +781,10 @@ class JobInstance:
 
     @property
     def step(self) -> dict[str, Any]:
-        """The running step: id, name, object_id, alarm_id, feature_id, parameters, attempts."""
+        """The running step: id, name, object_id, alarm_id, feature_id, parameters, attempts.
+
+        As it was created, or found when the job was resumed; not read again before it runs.
+        """
         return self._step
 
     @property
@@ -794,7 +800,7 @@ class JobInstance:
             found = self._worker.execute(READ_SQL, {"job_id": self._job_id}).fetchone()
             if found is None:
                 raise ValueError(f"there is no job {self._job_id} in job_instances")
-            row = dict(zip(JOB_COLUMNS, found, strict=True))
+            row = as_job(found)
         return row
 
     def _check_row(self) -> None:
@@ -981,7 +987,7 @@ class JobInstance:
         rows = self._worker.execute(END_AND_CLAIM_SQL if claim else END_SQL, self._ids() | mark | (claim or {}) | {
             "state": state, "comment": comment, "again": again, "counted": counted,
             "application_name": self._worker.idle_name}).fetchall()
-        claimed = next((dict(zip(JOB_COLUMNS, row, strict=False)) for row in rows if row[0] != self._job_id), None)
+        claimed = next((as_job(row) for row in rows if row[0] != self._job_id), None)
         if all(row[0] != self._job_id for row in rows):
             if not self.connection.info.transaction_status:  # else the claim is rolled back
                 self._worker.claimed = claimed

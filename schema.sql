@@ -405,6 +405,7 @@ END $$;
 
 COMMENT ON FUNCTION job_instances_state_changed() IS 'Keeps last_state_change, whoever changes the state.';
 
+-- The statements of every job's life say it themselves and are spared the trigger.
 CREATE OR REPLACE TRIGGER job_instances_state_changed
     BEFORE UPDATE OF state ON job_instances
     FOR EACH ROW WHEN (OLD.state <> NEW.state AND OLD.last_state_change = NEW.last_state_change)
