@@ -23,7 +23,7 @@ from typing import Any
 
 import bazefield
 import object_filter
-from baze_tag_delete import STEP_OBJECTS_SQL, Lookup, nearest
+from bazefield import STEP_OBJECTS_SQL, Lookup, nearest
 from jobs import TIME, JobInstance, JobStepError, parse_time, query
 
 INSERT_TRIES = 3  # each after reading back what a lost answer has left

@@ -12,68 +12,19 @@ left. Deleting twice does no harm, so a step that was interrupted is simply run 
 
 from __future__ import annotations
 
-import difflib
 import itertools
-from collections.abc import Iterable
 from datetime import datetime, timedelta
 from typing import Any
 
 import bazefield
 import object_filter
+from bazefield import STEP_OBJECTS_SQL, Lookup
 from jobs import TIME, JobInstance, JobRequestError, JobStepError, parse_time, query
 
 CHUNK = timedelta(days=30)  # longest period of one delete
 MOST_LEFT = 1000            # samples looked at when reading back
 
 OBJECTS_SQL = "SELECT id, name FROM objects WHERE name = ANY(%(names)s)"
-
-# The objects of the steps, not of the parameters: what the filter selects may have changed since.
-STEP_OBJECTS_SQL = """
-SELECT DISTINCT o.id, o.name, o.bazefield_id
-  FROM job_steps s
-  JOIN objects o ON o.id = s.object_id
- WHERE s.job_instance_id = %(job_id)s
-"""
-
-
-class Lookup:
-    """What Bazefield knows of a job's objects, asked once and kept: ids and points."""
-
-    def __init__(self, client: bazefield.Client, objects: Iterable[tuple[int, str, str | None]]) -> None:
-        self.client = client
-        self.objects = {object_id: (name, known) for object_id, name, known in objects}
-        unknown = [name for name, known in self.objects.values() if not known]
-        self._found = client.find_objects(unknown) if unknown else {}
-        self._names: list[str] | None = None
-        self._points: dict[str, set[str]] | None = None
-
-    def bazefield_id(self, object_id: int) -> str:
-        """Return Bazefield's id of one of our objects; `JobStepError` if it has none or several."""
-        name, known = self.objects[object_id]
-        ids = [known] if known else self._found.get(name, [])
-        if len(ids) > 1:
-            raise JobStepError(f"Bazefield has {len(ids)} objects named {name!r}: {', '.join(ids)}; "
-                               "write the right one to objects.bazefield_id")
-        if not ids:
-            if self._names is None:
-                self._names = self.client.all_names()
-            raise JobStepError(f"Bazefield has no object named {name!r}{nearest(name, self._names)}; "
-                               "or write its id to objects.bazefield_id")
-        return ids[0]
-
-    def require_point(self, bazefield_id: str, point: str) -> None:
-        """Raise `JobStepError` with the nearest names if the object has no such point."""
-        if self._points is None:
-            ids = [known or (self._found.get(name) or [None])[0] for name, known in self.objects.values()]
-            self._points = self.client.points([i for i in ids if i])
-        points = {i.lower(): names for i, names in self._points.items()}.get(bazefield_id.lower(), set())
-        if point not in points:
-            raise JobStepError(f"{point!r} is no point of object {bazefield_id}{nearest(point, points)}")
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    return f"; nearest: {', '.join(map(repr, close))}" if close else ""
 
 
 class JobBazeTagDelete(JobInstance):

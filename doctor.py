@@ -8,7 +8,10 @@ from collections.abc import Callable, Iterator
 
 import psycopg
 
-import jobs
+from control import TYPE_NAMES_SQL
+from jobs import JOB_TYPES, parameter_problems
+from parameters import schema_problems
+from perfdb import SCHEMA_VERSION, query
 
 Findings = Iterator[str]
 
@@ -20,18 +23,18 @@ VERSION_SQL = "SELECT job_schema_version()"
 
 
 def schema(connection: psycopg.Connection) -> Findings:
-    version = jobs.query(connection, VERSION_SQL)[0][0]
-    if version < jobs.SCHEMA_VERSION:
-        yield f"schema: version {version} is older than these files' {jobs.SCHEMA_VERSION}: python jobctl.py init"
-    if version > jobs.SCHEMA_VERSION:
-        yield f"schema: version {version} is newer than these files' {jobs.SCHEMA_VERSION}: copy the new files here"
+    version = query(connection, VERSION_SQL)[0][0]
+    if version < SCHEMA_VERSION:
+        yield f"schema: version {version} is older than these files' {SCHEMA_VERSION}: python jobctl.py init"
+    if version > SCHEMA_VERSION:
+        yield f"schema: version {version} is newer than these files' {SCHEMA_VERSION}: copy the new files here"
 
 
 def types(connection: psycopg.Connection) -> Findings:
-    there = {name for (name,) in jobs.query(connection, jobs.TYPE_NAMES_SQL)}
-    if missing := set(jobs.JOB_TYPES) - there:
+    there = {name for (name,) in query(connection, TYPE_NAMES_SQL)}
+    if missing := set(JOB_TYPES) - there:
         yield f"types: {listed(missing)} not in job_types: python jobctl.py init"
-    if unknown := there - set(jobs.JOB_TYPES):
+    if unknown := there - set(JOB_TYPES):
         yield (f"types: no file here provides {listed(unknown)}: give --module NAME, or nobody asks for them any "
                "more and the rows of job_types can go")
 
@@ -53,7 +56,7 @@ SELECT j.id
 
 
 def orphans(connection: psycopg.Connection) -> Findings:
-    if ids := [job_id for (job_id,) in jobs.query(connection, ORPHANS_SQL)]:
+    if ids := [job_id for (job_id,) in query(connection, ORPHANS_SQL)]:
         yield f"orphans: the workers of jobs {listed(ids)} are dead: python handler.py --once takes the jobs up again"
 
 
@@ -72,11 +75,11 @@ SELECT t.name, t.max_running, j.description ILIKE '%%test%%' AS is_test, count(*
 
 
 def waiting(connection: psycopg.Connection) -> Findings:
-    for name, most, is_test, count, is_old, has_workers in jobs.query(connection, WAITING_SQL, {}):
+    for name, most, is_test, count, is_old, has_workers in query(connection, WAITING_SQL, {}):
         if is_test:
             yield (f'waiting: {count} jobs of {name!r} have "test" in their description and are passed over: '
                    "run handler.py --with-tests, or change the description")
-        elif name not in jobs.JOB_TYPES:
+        elif name not in JOB_TYPES:
             yield f"waiting: {count} jobs are of type {name!r}, which no file here provides: handler.py --module NAME"
         elif most == 0:
             yield f"waiting: {count} jobs of {name!r}, which is paused (job_types.max_running is 0)"
@@ -97,10 +100,10 @@ SELECT s.id, t.name, s.parameters, t.parameters_schema,
 
 
 def schedules(connection: psycopg.Connection) -> Findings:
-    for schedule_id, name, parameters, schema_, start, end, is_late in jobs.query(connection, SCHEDULES_SQL):
+    for schedule_id, name, parameters, schema_, start, end, is_late in query(connection, SCHEDULES_SQL):
         full = parameters | {"start": start, "end": end}
-        problems = (jobs.parameter_problems(jobs.JOB_TYPES[name], full) if name in jobs.JOB_TYPES
-                    else jobs.schema_problems(full, schema_))
+        problems = (parameter_problems(JOB_TYPES[name], full) if name in JOB_TYPES
+                    else schema_problems(full, schema_))
         if problems:
             yield (f"schedules: the parameters of schedule {schedule_id} do not fit {name!r}: {'; '.join(problems)}: "
                    "remove it and add it anew")
@@ -121,7 +124,7 @@ SELECT j.id, s.name, s.started, t.step_timeout
 
 
 def long_steps(connection: psycopg.Connection) -> Findings:
-    for job_id, name, started, limit in jobs.query(connection, LONG_STEPS_SQL):
+    for job_id, name, started, limit in query(connection, LONG_STEPS_SQL):
         yield (f"steps: step {name!r} of job {job_id} runs since {started:%Y-%m-%d %H:%M:%S%z}, longer than its limit "
                f"of {limit}: a handler ends it one minute after the limit; does one run?")
 
@@ -138,7 +141,7 @@ SELECT pid, usename, application_name, xact_start
 
 
 def old_transactions(connection: psycopg.Connection) -> Findings:
-    for pid, user, application, since in jobs.query(connection, OLD_TRANSACTIONS_SQL):
+    for pid, user, application, since in query(connection, OLD_TRANSACTIONS_SQL):
         yield (f"transactions: session {pid} ({user}, {application!r}) has one open since {since:%Y-%m-%d %H:%M:%S%z} "
                f"and keeps dead rows from being cleaned: SELECT pg_terminate_backend({pid})")
 
@@ -153,7 +156,7 @@ SELECT relpages, relallvisible
 
 
 def vacuum(connection: psycopg.Connection) -> Findings:
-    for pages, visible in jobs.query(connection, VACUUM_SQL):
+    for pages, visible in query(connection, VACUUM_SQL):
         yield (f"feature_values: only {100 * visible // pages}% of {pages} pages are known to be visible, so samples "
                "are read many times slower than need be: VACUUM feature_values")
 
@@ -166,7 +169,7 @@ SELECT count(*), current_setting('max_connections')::int
 
 
 def connections(connection: psycopg.Connection) -> Findings:
-    used, most = jobs.query(connection, CONNECTIONS_SQL)[0]
+    used, most = query(connection, CONNECTIONS_SQL)[0]
     if used > MOST_CONNECTIONS * most:
         yield f"connections: {used} of {most} are in use: run fewer workers or raise max_connections"
 
@@ -176,7 +179,7 @@ CLOCK_SQL = "SELECT extract(epoch FROM clock_timestamp())::float8"
 
 def clock(connection: psycopg.Connection) -> Findings:
     before = time.time()
-    server = jobs.query(connection, CLOCK_SQL)[0][0]
+    server = query(connection, CLOCK_SQL)[0][0]
     off = server - (before + time.time()) / 2
     if abs(off) > CLOCK_SECONDS:
         yield f"clock: the server's is {off:+.0f} s off this host's: run NTP on both"
@@ -193,7 +196,7 @@ SELECT reset_val, current_setting('TimeZone')
 
 
 def zone(connection: psycopg.Connection) -> Findings:
-    for database, ours in jobs.query(connection, ZONE_SQL):
+    for database, ours in query(connection, ZONE_SQL):
         yield (f"zone: the database shows times in {database}, jobs mean {ours} (PERFDB_TIMEZONE): set PERFDB_TIMEZONE "
                f"to {database} everywhere, or ALTER DATABASE ... SET TimeZone = '{ours}'")
 
@@ -203,8 +206,8 @@ def pooler(connection: psycopg.Connection, other: psycopg.Connection) -> Finding
     mine, theirs = secrets.token_hex(4), secrets.token_hex(4)
     for _ in range(5):
         for session, token in ((connection, mine), (other, theirs)):
-            jobs.query(session, "SELECT set_config('perfdb.probe', %s, false)", [token])
-        if jobs.query(connection, "SELECT current_setting('perfdb.probe', true)") != [(mine,)]:
+            query(session, "SELECT set_config('perfdb.probe', %s, false)", [token])
+        if query(connection, "SELECT current_setting('perfdb.probe', true)") != [(mine,)]:
             yield ("pooler: sessions are shared (PgBouncer with pool_mode = transaction?), so the workers' locks mean "
                    "nothing: connect directly or with pool_mode = session")
             return

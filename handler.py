@@ -23,12 +23,14 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from datetime import datetime
 from typing import Any
 
 import psycopg
 
+import control
 import jobs
+import schedules
+from worker import Worker, end_overrun, recover, use_worker
 
 log = logging.getLogger("handler")
 
@@ -62,7 +64,7 @@ class JobHandler:
         self.poll = poll
         self.with_tests = with_tests
         self.failed = 0  # jobs that ended Failed
-        self.worker: jobs.Worker | None = None
+        self.worker: Worker | None = None
         self.second_signal_kills = True
         self._signals = 0
         self._parent = os.getppid()
@@ -92,7 +94,7 @@ class JobHandler:
         finally:
             if self.worker:
                 self.worker.close()
-                jobs.use_worker(None)
+                use_worker(None)
             signal.set_wakeup_fd(-1)
             os.close(self._wakeup)
             os.close(self._wakeup_end)
@@ -124,14 +126,14 @@ class JobHandler:
 
     def _start(self) -> None:
         """Connect and take an id."""
-        self.worker = self._try(lambda: jobs.Worker(self.dsn), CONNECT_TRIES)
+        self.worker = self._try(lambda: Worker(self.dsn), CONNECT_TRIES)
         self.worker.stopping = self.stopping
         self.worker.begin_at_once = True
-        jobs.use_worker(self.worker)
+        use_worker(self.worker)
 
     def _introduce(self) -> None:
         """Say on a new connection which types we know, and listen for new jobs."""
-        jobs.write_types(self.worker.connection, self.types)
+        control.write_types(self.worker.connection, self.types)
         if not self.once:
             self.worker.connection.add_notify_handler(self._wake)
             self.worker.connection.execute("LISTEN job_instances")
@@ -187,9 +189,9 @@ class JobHandler:
         if self._looked_after > 0:  # at the start there are no plans yet
             self.worker.forget_plans()
         self._looked_after = now
-        jobs.end_overrun(self.worker)
-        recovered = jobs.recover(self.worker)
-        return bool(create_due_jobs(self.worker.connection) or recovered)
+        end_overrun(self.worker)
+        recovered = recover(self.worker)
+        return bool(schedules.create_due_jobs(self.worker.connection) or recovered)
 
     def _claim(self) -> dict[str, Any] | None:
         self._woken = False  # whoever wakes us from here on deserves another look
@@ -252,55 +254,6 @@ class JobHandler:
         if self._wakeup in ready:
             os.read(self._wakeup, 512)
         return any(file in ready for file in files)
-
-
-# One job for every window that is over. A schedule's row is locked while its jobs are made, and a
-# second handler passes it by (SKIP LOCKED), so no window comes twice; next_start moves in the same
-# statement, so none is lost. Months and days keep their calendar length in the zone of the session.
-# Bounded, so that a schedule left off for years does not fill the table in one transaction.
-DUE_SQL = """
-WITH RECURSIVE schedule AS MATERIALIZED (
-    SELECT *
-      FROM job_schedules
-     WHERE enabled
-       AND next_start + every + delay <= COALESCE(%(now)s, now())
-     ORDER BY id
-       FOR UPDATE SKIP LOCKED
-), period AS (
-    SELECT id, next_start AS from_time, next_start + every AS to_time, 1 AS n
-      FROM schedule
-     UNION ALL
-    SELECT s.id, p.to_time, p.to_time + s.every, p.n + 1
-      FROM period p
-      JOIN schedule s ON s.id = p.id
-     WHERE p.to_time + s.every + s.delay <= COALESCE(%(now)s, now())
-       AND p.n < %(most)s
-), moved AS (
-    UPDATE job_schedules s
-       SET next_start = latest.to_time
-      FROM (SELECT id, max(to_time) AS to_time FROM period GROUP BY id) AS latest
-     WHERE s.id = latest.id
-)
-INSERT INTO job_instances (job_type_id, description, parameters, schedule_id)
-SELECT s.job_type_id, s.description,
-       s.parameters || jsonb_build_object('start', to_char(p.from_time, 'YYYY-MM-DD HH24:MI:SSTZH:TZM'),
-                                          'end',   to_char(p.to_time,   'YYYY-MM-DD HH24:MI:SSTZH:TZM')),
-       s.id
-  FROM period p
-  JOIN schedule s ON s.id = p.id
- ORDER BY p.from_time, s.id
-RETURNING id
-"""
-
-MOST_WINDOWS = 1000  # per schedule and statement; the next look, a second later, makes the next
-
-
-def create_due_jobs(connection: psycopg.Connection, now: datetime | None = None) -> list[int]:
-    """Create the jobs that schedules owe at `now` (the server's clock), oldest first; return their ids."""
-    ids = [job_id for (job_id,) in jobs.query(connection, DUE_SQL, {"now": now, "most": MOST_WINDOWS})]
-    for job_id in ids:
-        log.info("job=%d created by its schedule", job_id)
-    return ids
 
 
 class Pool:

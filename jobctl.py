@@ -19,16 +19,18 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Sequence
-from datetime import datetime, timedelta
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import psycopg
 from psycopg.rows import dict_row
 
+import control
 import handler
-import jobs
+import schedules
+from perfdb import connect, parse_time, query
+from tables import duration, print_json, table, text
 
 OK, FAILED, USAGE, NO_DATABASE = 0, 1, 2, 3  # exit status; 2 is argparse's
 SCHEMA = Path(__file__).with_name("schema.sql")
@@ -36,66 +38,6 @@ SCHEMA = Path(__file__).with_name("schema.sql")
 
 class Refused(Exception):
     """What was asked for cannot be done; the text says why and what can."""
-
-
-# ---------------------------------------------------------------------------------------- output
-
-
-def table(heads: Sequence[str], rows: Iterable[Sequence[Any]], width: int | None = None) -> str:
-    """Return the rows as an aligned table that fits the terminal, the last column cut if need be."""
-    width = width or shutil.get_terminal_size((120, 24)).columns
-    cells = [[text(value) for value in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
-    right = [bool(cells) and all(c[n].replace(".", "").isdecimal() or not c[n] for c in cells)
-             for n in range(len(heads))]
-
-    def line(values: Sequence[str]) -> str:
-        joined = "  ".join(v.rjust(w) if r else v.ljust(w)
-                           for v, w, r in zip(values, widths, right, strict=True)).rstrip()
-        return joined if len(joined) + 2 <= width else joined[:width - 3] + "…"
-    return paint("\n".join("  " + line(row) for row in [list(heads), ["-" * w for w in widths], *cells]))
-
-
-COLOURS = {"Failed": 31, "Running": 36, "Finished": 32}
-
-
-def paint(text_: str) -> str:
-    """Colour the states, on a terminal only and not with $NO_COLOR."""
-    if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
-        return text_
-    return re.sub(r"\b(Failed|Running|Finished)\b", lambda m: f"\x1b[{COLOURS[m[0]]}m{m[0]}\x1b[0m", text_)
-
-
-def text(value: Any) -> str:
-    """Return a value as a person reads it, on one line."""
-    if value is None:
-        return ""
-    if isinstance(value, datetime):
-        return f"{value:%Y-%m-%d %H:%M:%S}"
-    if isinstance(value, timedelta):
-        return duration(value.total_seconds())
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    if isinstance(value, dict):
-        return " ".join(f"{k}={json.dumps(v) if isinstance(v, dict | list) else text(v)}" for k, v in value.items())
-    return str(value).replace("\n", " ")
-
-
-def duration(seconds: float) -> str:
-    """Return seconds as 12 ms, 3.4 s or 1:02:03."""
-    if seconds < 60:
-        return f"{1000 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
-    minutes, left = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{left:02}"
-
-
-def print_json(value: Any) -> None:
-    print(json.dumps(value, default=as_json, indent=2, ensure_ascii=False))
-
-
-def as_json(value: Any) -> Any:
-    """Times in ISO 8601 with offset, intervals in seconds."""
-    return value.total_seconds() if isinstance(value, timedelta) else value.isoformat()
 
 
 def rows_of(connection: psycopg.Connection, sql: str, params: Any = None) -> list[dict[str, Any]]:
@@ -110,14 +52,14 @@ def init(connection: psycopg.Connection, args: argparse.Namespace) -> int:
     """Apply schema.sql, in one transaction, and write the job types with their schemas."""
     with connection.transaction():
         connection.execute(SCHEMA.read_text())
-        jobs.write_types(connection)
+        control.write_types(connection)
     return OK
 
 
 def create(connection: psycopg.Connection, args: argparse.Namespace) -> int:
     """Ask for a job and print its id."""
-    run_after = jobs.parse_time(args.run_after) if args.run_after else None
-    print(jobs.create_job(connection, args.type, read_parameters(args), args.description, priority=args.priority,
+    run_after = parse_time(args.run_after) if args.run_after else None
+    print(control.create_job(connection, args.type, read_parameters(args), args.description, priority=args.priority,
                           run_after=run_after, unique_key=args.unique_key))
     warn_test(args.description)
     return OK
@@ -174,7 +116,7 @@ def list_jobs(connection: psycopg.Connection, args: argparse.Namespace) -> int:
     """Print the latest jobs, newest first."""
     rows = rows_of(connection, LIST_SQL, {
         "states": args.state, "type": args.type, "text": args.text, "limit": args.limit,
-        "since": jobs.parse_time(args.since) if args.since else None})
+        "since": parse_time(args.since) if args.since else None})
     if args.json:
         print_json(rows)
         return OK
@@ -243,7 +185,7 @@ def types(connection: psycopg.Connection, args: argparse.Namespace) -> int:
 def cancel(connection: psycopg.Connection, args: argparse.Namespace) -> int:
     """Cancel jobs: at once, or before their next step."""
     for job_id in args.id:
-        state = jobs.cancel_job(connection, job_id, args.reason)
+        state = control.cancel_job(connection, job_id, args.reason)
         print(f"job {job_id} is cancelled" if state == "Failed" else f"job {job_id} stops before its next step")
     return OK
 
@@ -251,7 +193,7 @@ def cancel(connection: psycopg.Connection, args: argparse.Namespace) -> int:
 def retry(connection: psycopg.Connection, args: argparse.Namespace) -> int:
     """Have the failed steps of ended jobs run again."""
     for job_id in args.id:
-        print(f"job {job_id} is {jobs.retry_job(connection, job_id, args.all)} again")
+        print(f"job {job_id} is {control.retry_job(connection, job_id, args.all)} again")
     return OK
 
 
@@ -285,10 +227,10 @@ SELECT count(*)
 def prune(connection: psycopg.Connection, args: argparse.Namespace) -> int:
     """Delete jobs that ended long ago, and their steps."""
     if args.dry_run:
-        print(f"{jobs.query(connection, COUNT_OLD_SQL, {'age': args.older_than})[0][0]} jobs would be deleted")
+        print(f"{query(connection, COUNT_OLD_SQL, {'age': args.older_than})[0][0]} jobs would be deleted")
         return OK
     after, count = 0, 0
-    while ids := jobs.query(connection, PRUNE_SQL, {"after": after, "age": args.older_than, "batch": BATCH}):
+    while ids := query(connection, PRUNE_SQL, {"after": after, "age": args.older_than, "batch": BATCH}):
         after, count = max(ids)[0], count + len(ids)
     print(f"{count} jobs deleted")
     return OK
@@ -351,7 +293,7 @@ def watch(connection: psycopg.Connection, args: argparse.Namespace) -> int:
     """Show a bar per running job until it ends (without an id: until none runs or is due)."""
     live, height, before = sys.stdout.isatty(), 0, None
     while True:
-        ids = [args.id] if args.id else [job_id for (job_id,) in jobs.query(connection, UNFINISHED_SQL)]
+        ids = [args.id] if args.id else [job_id for (job_id,) in query(connection, UNFINISHED_SQL)]
         rows = rows_of(connection, WATCH_SQL, {"ids": ids})
         if args.id and not rows:
             raise Refused(f"there is no job {args.id}; python jobctl.py list shows the latest")
@@ -383,7 +325,7 @@ def bar(row: dict[str, Any], width: int = 24) -> str:
 def examine(connection: psycopg.Connection, args: argparse.Namespace) -> int:
     """Say what is wrong with the job system, a line per finding; exit status 1 if there is any."""
     import doctor
-    with jobs.connect(args.dsn, "jobctl doctor") as other:
+    with connect(args.dsn, "jobctl doctor") as other:
         findings = doctor.examine(connection, other)
     if args.json:
         print_json(findings)
@@ -392,46 +334,19 @@ def examine(connection: psycopg.Connection, args: argparse.Namespace) -> int:
     return FAILED if findings else OK
 
 
-ADD_SCHEDULE_SQL = """
-INSERT INTO job_schedules (job_type_id, description, parameters, every, next_start, delay)
-SELECT id, %(description)s, %(parameters)s, %(every)s::interval, %(start)s, %(delay)s::interval
-  FROM job_types
- WHERE name = %(type)s
-RETURNING id, to_char(next_start, 'YYYY-MM-DD HH24:MI:SSTZH:TZM'),
-          to_char(next_start + every, 'YYYY-MM-DD HH24:MI:SSTZH:TZM')
-"""
-
-
 def add_schedule(connection: psycopg.Connection, args: argparse.Namespace) -> int:
     """Owe a job for every window of time from now on, and print the schedule's id."""
-    parameters = read_parameters(args)
-    with connection.transaction():
-        rows = jobs.query(connection, ADD_SCHEDULE_SQL, {
-            "type": args.type, "description": args.description, "every": args.every, "delay": args.delay,
-            "start": jobs.parse_time(args.start), "parameters": jobs.Jsonb(parameters)})
-        if not rows:
-            raise Refused(jobs.unknown_type(connection, args.type))
-        schedule_id, start, end = rows[0]
-        jobs.check_request(connection, args.type, [parameters | {"start": start, "end": end}])
+    schedule_id = schedules.add_schedule(
+        connection, args.type, read_parameters(args), description=args.description,
+        every=args.every, start=parse_time(args.start), delay=args.delay)
     print(schedule_id)
     warn_test(args.description)
     return OK
 
 
-SCHEDULES_SQL = """
-SELECT s.id, t.name AS job_type, s.description, s.parameters, s.every::text AS every, s.next_start,
-       s.delay::text AS delay, s.enabled, j.id AS last_job_id, j.state AS last_job_state
-  FROM job_schedules s
-  JOIN job_types t ON t.id = s.job_type_id
-  LEFT JOIN LATERAL (
-        SELECT id, state FROM job_instances WHERE schedule_id = s.id ORDER BY id DESC LIMIT 1) j ON %(last)s
- ORDER BY s.id
-"""
-
-
 def list_schedules(connection: psycopg.Connection, args: argparse.Namespace) -> int:
     """Print the schedules and when their next window begins."""
-    rows = rows_of(connection, SCHEDULES_SQL, {"last": args.json})  # without an index: on request only
+    rows = rows_of(connection, schedules.SCHEDULES_SQL, {"last": args.json})  # without an index: on request only
     if args.json:
         print_json(rows)
         return OK
@@ -441,16 +356,9 @@ def list_schedules(connection: psycopg.Connection, args: argparse.Namespace) -> 
     return OK
 
 
-CHANGE_SCHEDULE_SQL = {
-    "enable": "UPDATE job_schedules SET enabled = true WHERE id = %(id)s RETURNING id",
-    "disable": "UPDATE job_schedules SET enabled = false WHERE id = %(id)s RETURNING id",
-    "remove": "DELETE FROM job_schedules WHERE id = %(id)s RETURNING id",
-}
-
-
 def change_schedule(connection: psycopg.Connection, args: argparse.Namespace) -> int:
     """Enable, disable or remove a schedule; its jobs stay."""
-    if not jobs.query(connection, CHANGE_SCHEDULE_SQL[args.action], {"id": args.id}):
+    if not query(connection, schedules.CHANGE_SCHEDULE_SQL[args.action], {"id": args.id}):
         raise Refused(f"there is no schedule {args.id}; python jobctl.py schedule list shows them")
     print(f"schedule {args.id}: {args.action}d")
     return OK
@@ -541,7 +449,7 @@ def schedule(commands: Any, common: argparse.ArgumentParser, printing: argparse.
     action.add_argument("--start", required=True, metavar="TIME", help="of the first window; write the offset")
     action.add_argument("--delay", type=interval, default="0s", metavar="INTERVAL", help="after a window's end")
     add("list", list_schedules, printing)
-    for name in CHANGE_SCHEDULE_SQL:
+    for name in schedules.CHANGE_SCHEDULE_SQL:
         add(name, change_schedule).add_argument("id", type=int)
 
 
@@ -555,7 +463,7 @@ def interval(text_: str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     try:
-        with jobs.connect(args.dsn, f"jobctl {args.command}") as connection:
+        with connect(args.dsn, f"jobctl {args.command}") as connection:
             return args.run(connection, args)
     except psycopg.errors.UndefinedTable:
         return complain("the tables are missing: run `python jobctl.py init`", NO_DATABASE)

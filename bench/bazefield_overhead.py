@@ -25,7 +25,9 @@ from fake_bazefield import FakeBazefield  # noqa: E402
 
 import baze_tag_delete  # noqa: E402
 import bazefield  # noqa: E402
-import jobs  # noqa: E402
+import control  # noqa: E402
+import perfdb  # noqa: E402
+from worker import current_worker  # noqa: E402
 
 START = datetime(2026, 3, 1, tzinfo=UTC)
 END = datetime(2026, 3, 2, tzinfo=UTC)
@@ -54,19 +56,19 @@ def requests_per_step(scada: FakeBazefield) -> dict[str, float]:
     """Run a delete of 20 objects x 5 tags and return requests per step, by operation."""
     with Server({"fsync": "off"}) as server:
         os.environ["PERFDB_DSN"] = server.dsn()
-        with jobs.connect() as connection:
+        with perfdb.connect() as connection:
             connection.execute((ROOT / "schema.sql").read_text())
-            jobs.write_types(connection)
+            control.write_types(connection)
             connection.execute("INSERT INTO object_types (name) VALUES ('wind_turbine')")
             connection.execute("INSERT INTO object_models (object_type_id, name) VALUES (1, 'G97')")
             connection.execute("INSERT INTO objects (object_model_id, name) SELECT 1, 'T' || n "
                                "FROM generate_series(0, 19) n")
-            job_id = jobs.create_job(connection, "Bazefield Tag Delete", {
+            job_id = control.create_job(connection, "Bazefield Tag Delete", {
                 "object_names": [f"T{n}" for n in range(20)], "tags": [f"P{n}" for n in range(5)],
                 "start": "2026-03-01 00:00:00Z", "end": "2026-03-02 00:00:00Z"})
         scada.log.clear()
         baze_tag_delete.JobBazeTagDelete(job_id).run()
-        jobs.current_worker().close()
+        current_worker().close()
     names = [name for name, _ in scada.log]
     return {name: names.count(name) / 100 for name in sorted(set(names))}
 

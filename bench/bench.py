@@ -35,9 +35,13 @@ import psycopg  # noqa: E402
 from embedded_pg import Server  # noqa: E402
 
 import alarm_calc  # noqa: E402
+import control  # noqa: E402
 import handler  # noqa: E402
 import jobctl  # noqa: E402
 import jobs  # noqa: E402
+import perfdb  # noqa: E402
+import tables  # noqa: E402
+from worker import Worker  # noqa: E402
 
 ROUNDS = 5
 RESULTS: list[tuple[str, float, float | None, float | None, str]] = []  # what, ratio, must, aim, "<" or ">"
@@ -69,11 +73,11 @@ class Bench:
     def __init__(self, server: Server, full: bool) -> None:
         self.server, self.full = server, full
         self.dsn = server.dsn()
-        self.connection = jobs.connect(self.dsn)
+        self.connection = perfdb.connect(self.dsn)
         self.connection.execute((ROOT / "schema.sql").read_text())
         self.connection.execute("CREATE TABLE one_row (id int PRIMARY KEY, n int)")
         self.connection.execute("INSERT INTO one_row VALUES (1, 0)")
-        jobs.write_types(self.connection)
+        control.write_types(self.connection)
 
     def limit(self, count: int) -> float:
         """One prepared single-row UPDATE per round trip, each committed and waited for."""
@@ -100,7 +104,7 @@ class Bench:
         self.install_others()
 
         def ours() -> float:
-            jobs.create_jobs(self.connection, "Bench Noop", [{}] * count)
+            control.create_jobs(self.connection, "Bench Noop", [{}] * count)
             return self.once()
 
         def procrastinate(concurrency: int) -> float:
@@ -126,7 +130,7 @@ class Bench:
         """1-step jobs with 1, 2 and 4 worker processes: first begin to last end."""
         def drain(count: int) -> float:
             self.connection.execute("TRUNCATE job_instances, job_steps")
-            jobs.create_jobs(self.connection, "Bench Noop", [{}] * 2000)
+            control.create_jobs(self.connection, "Bench Noop", [{}] * 2000)
             self.command("handler.py", "--once", "--module", "bench_jobs", "--workers", str(count))
             return self.connection.execute(
                 "SELECT extract(epoch FROM max(finished) - min(started))::float8 FROM job_instances").fetchone()[0]
@@ -154,7 +158,7 @@ class Bench:
         syncs = []
 
         def ours() -> float:
-            job_id = jobs.create_job(self.connection, "Bench Noop", {"steps": count})
+            job_id = control.create_job(self.connection, "Bench Noop", {"steps": count})
             before = self.flushes()
             self.once()
             syncs.append((self.flushes() - before) / count)
@@ -177,8 +181,8 @@ class Bench:
         for name, count, at_once in (("one by one", 300, False), ("10,000 at once", 10_000, True)):
             def ours(count: int = count, at_once: bool = at_once) -> float:
                 if at_once:
-                    return seconds(lambda: jobs.create_jobs(self.connection, "Bench Noop", [{}] * count))
-                return seconds(lambda: [jobs.create_job(self.connection, "Bench Noop", {}) for _ in range(count)])
+                    return seconds(lambda: control.create_jobs(self.connection, "Bench Noop", [{}] * count))
+                return seconds(lambda: [control.create_job(self.connection, "Bench Noop", {}) for _ in range(count)])
             m = medians(3, ours=ours,
                         procrastinate=lambda c=count, a=at_once: asyncio.run(
                             others.procrastinate_create(self.dsn, c, a)),
@@ -222,7 +226,7 @@ class Bench:
     def ask_ours(self, count: int) -> list[float]:
         asked = []
         for _ in range(count):
-            jobs.create_job(self.connection, "Bench Clock", {})
+            control.create_job(self.connection, "Bench Clock", {})
             asked.append(time.time())
             time.sleep(0.03)
         return asked
@@ -237,7 +241,7 @@ class Bench:
 
     def claims(self) -> None:
         """One claim behind 100,000 waiting and behind millions of finished jobs, over a small table."""
-        worker = jobs.Worker(self.dsn)
+        worker = Worker(self.dsn)
         type_id = self.connection.execute("SELECT id FROM job_types WHERE name = 'Bench Noop'").fetchone()[0]
 
         def claim(count: int = 200) -> float:
@@ -353,7 +357,7 @@ SELECT o, f, ts, 10 + 8 * sin(extract(epoch FROM ts) / 30000 + o) + 0.1 * random
 
     def one_year(self, order: str, alarm_id: int) -> None:
         window = {"start": datetime(2025, 1, 1, tzinfo=UTC), "end": datetime(2026, 1, 1, tzinfo=UTC), "alarms": 1}
-        job_id = jobs.create_job(self.connection, "Bench Noop", {})
+        job_id = control.create_job(self.connection, "Bench Noop", {})
         step_id = self.connection.execute(
             "INSERT INTO job_steps (job_instance_id, position, object_id, alarm_id) VALUES (%s, 1, 1, %s) RETURNING id",
             [job_id, alarm_id]).fetchone()[0]
@@ -433,7 +437,7 @@ SELECT avg(triggers::int)::float8, count(*) FILTER (WHERE begins) FROM change"""
             polars.col("timestamp").min().alias("start_time"), polars.col("timestamp").max().alias("end_time")))
 
     def ask_years(self, objects: int) -> None:
-        jobs.create_job(self.connection, "Alarm Calculation", {
+        control.create_job(self.connection, "Alarm Calculation", {
             "object_names": [f"T{n}" for n in range(1, objects + 1)], "alarm_ids": list(range(1, 11)),
             "start": "2025-01-01 00:00:00Z", "end": "2026-01-01 00:00:00Z"})
 
@@ -475,7 +479,7 @@ SELECT avg(triggers::int)::float8, count(*) FILTER (WHERE begins) FROM change"""
         report("worker memory after 10,000 steps, over after 100", large / small, 1.1, 1.0, "<")
 
     def peak_of_steps(self, steps: int) -> int:
-        jobs.create_job(self.connection, "Bench Noop", {"steps": steps})
+        control.create_job(self.connection, "Bench Noop", {"steps": steps})
         return self.peak(f"{steps} steps")
 
     def peak(self, what: str) -> int:
@@ -517,7 +521,7 @@ def main() -> int:
         for part in args.part or PARTS:
             print(f"  {part}: {getattr(bench, part).__doc__.strip()}", flush=True)
             getattr(bench, part)()
-    print(f"\n{jobctl.table(['what', 'ratio', 'must', 'aim', ''], [verdict(*row) for row in RESULTS], 200)}\n")
+    print(f"\n{tables.table(['what', 'ratio', 'must', 'aim', ''], [verdict(*row) for row in RESULTS], 200)}\n")
     print(f"  {RAW['machine']}\n  {time.monotonic() - begun:.0f} s")
     RAW["ratios"] = {what: ratio for what, ratio, *_ in RESULTS}
     RAW["peak_memory_kB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -21,8 +21,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from embedded_pg import Server  # noqa: E402
 
-import jobctl  # noqa: E402
-import jobs  # noqa: E402
+import control  # noqa: E402
+import perfdb  # noqa: E402
+import tables  # noqa: E402
 
 PARK_SQL = """
 INSERT INTO object_types (name) VALUES ('wind_farm'), ('wind_turbine');
@@ -95,19 +96,19 @@ def demo(dsn: str) -> int:
     """Make the park in the empty database `dsn`, run the job, print what came of it."""
     os.environ["PERFDB_DSN"] = dsn
     run("jobctl.py", "init")
-    with jobs.connect(dsn) as connection:
+    with perfdb.connect(dsn) as connection:
         for statement in (PARK_SQL + SAMPLES_SQL).split(";\n"):
             connection.execute(statement)
         samples = connection.execute("SELECT count(*) FROM feature_values").fetchone()[0]
         print(f"\n  A park of 4 turbines with {samples:,} ten-minute samples of March 2026.\n")
-        job_id = jobs.create_job(connection, "Alarm Calculation", PARAMETERS, "Alarms of LAN in March")
+        job_id = control.create_job(connection, "Alarm Calculation", PARAMETERS, "Alarms of LAN in March")
         started = time.monotonic()
         status = run("handler.py", "--once")
         print(f"  {time.monotonic() - started:.1f} s, exit status {status}\n")
         run("jobctl.py", "show", str(job_id))
         print("\n  The alarms it found\n")
         cursor = connection.execute(ALARMS_SQL)
-        print(jobctl.table([column.name for column in cursor.description], cursor.fetchall()))
+        print(tables.table([column.name for column in cursor.description], cursor.fetchall()))
     return status
 
 

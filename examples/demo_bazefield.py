@@ -19,9 +19,10 @@ from embedded_pg import Server  # noqa: E402
 from fake_bazefield import FakeBazefield  # noqa: E402
 
 import bazefield  # noqa: E402
+import control  # noqa: E402
 import handler  # noqa: E402
-import jobctl  # noqa: E402
-import jobs  # noqa: E402
+import perfdb  # noqa: E402
+import tables  # noqa: E402
 
 MARCH = bazefield.to_ms(datetime(2026, 3, 1, tzinfo=UTC))
 TEN_MINUTES = 600_000
@@ -46,8 +47,8 @@ def holds(scada: FakeBazefield) -> str:
             for name, i in IDS.items() for point, values in scada.objects[i]["points"].items()]
     allocations = [(a["id"], next(n for n, i in IDS.items() if i == a["objectId"]), a["category"]["name"],
                     bazefield.from_ms(a["start"]), bazefield.from_ms(a["end"])) for a in scada.allocations.values()]
-    return (jobctl.table(["object", "point", "samples", "first", "last"], rows) + "\n\n"
-            + jobctl.table(["allocation", "object", "category", "start", "end"], allocations) + "\n")
+    return (tables.table(["object", "point", "samples", "first", "last"], rows) + "\n\n"
+            + tables.table(["allocation", "object", "category", "start", "end"], allocations) + "\n")
 
 
 def run(*command: str) -> int:
@@ -67,12 +68,12 @@ def main() -> int:
             scada.add_object(object_id, name, {"ActivePower": dict(samples), "WindSpeed": dict(samples)})
         os.environ |= {"PERFDB_DSN": server.dsn(), "BAZEFIELD_URL": scada.url, "BAZEFIELD_API_KEY": "k3y-write"}
         run("jobctl.py", "init")
-        with jobs.connect() as connection:
+        with perfdb.connect() as connection:
             connection.execute(PARK_SQL)
             for name, parameters, text in (("Bazefield Tag Delete", DELETE | {"dry_run": True}, "look first"),
                                            ("Bazefield Tag Delete", DELETE, "then delete"),
                                            ("Bazefield Insert Allocation", INSERT, "nights of LAN")):
-                jobs.create_job(connection, name, parameters, text)
+                control.create_job(connection, name, parameters, text)
         print("\n  What Bazefield holds before\n\n" + holds(scada))
         status = run("handler.py", "--once")
         for job_id in "123":

@@ -31,8 +31,9 @@ import sample_jobs  # noqa: E402, F401
 from embedded_pg import Server  # noqa: E402
 from helpers import wait_for  # noqa: E402
 
-import jobctl  # noqa: E402
-import jobs  # noqa: E402
+import control  # noqa: E402
+import perfdb  # noqa: E402
+import tables  # noqa: E402
 
 JOBS, STEPS, STEP_SECONDS = 8, 12, 0.1
 LONGEST_SECONDS = 10.0  # until a job goes on; for most faults far less, see the table
@@ -47,15 +48,15 @@ class Chaos:
         self.log = directory / "handlers.log"
         self.handlers: list[subprocess.Popen] = []
         self.injected, self.longest = 0, 0.0
-        with jobs.connect(self.dsn) as connection:
+        with perfdb.connect(self.dsn) as connection:
             connection.execute((ROOT / "schema.sql").read_text())
             connection.execute("CREATE TABLE trace (job_id bigint, step_id bigint)")
-            jobs.write_types(connection, ["Transactional"])
+            control.write_types(connection, ["Transactional"])
 
     def rows(self, query: str, *params: Any) -> list[tuple]:
         """Ask the database, which may be away for a moment."""
         for _ in range(200):
-            with suppress(psycopg.OperationalError), jobs.connect(self.dsn) as connection:
+            with suppress(psycopg.OperationalError), perfdb.connect(self.dsn) as connection:
                 return connection.execute(query, params).fetchall()
             time.sleep(0.05)
         raise AssertionError("the server does not come back")
@@ -68,8 +69,8 @@ class Chaos:
         return self.handlers[-1]
 
     def ask(self, count: int = JOBS, what: str = "sleep") -> None:
-        with jobs.connect(self.dsn) as connection:
-            jobs.create_jobs(connection, "Transactional", count * [
+        with perfdb.connect(self.dsn) as connection:
+            control.create_jobs(connection, "Transactional", count * [
                 {"steps": [what] * STEPS, "sleep": STEP_SECONDS}])
 
     def running(self) -> tuple[int, int, int, int]:
@@ -275,7 +276,7 @@ def main() -> int:
     for name, fault in FAULTS.items():
         print(f"  {name} ...", file=sys.stderr, flush=True)
         lines.append([name, *run(fault)])
-    print(jobctl.table(["fault", "injected", "jobs lost", "effects doubled", "late writes refused",
+    print(tables.table(["fault", "injected", "jobs lost", "effects doubled", "late writes refused",
                         "going on after (s)", "problem"], lines))
     print(f"\n  {time.monotonic() - begun:.0f} s in all")
     return int(any(lost or doubled or longest > LONGEST_SECONDS for _, _, lost, doubled, _, longest, _ in lines))

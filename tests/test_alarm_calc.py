@@ -23,7 +23,10 @@ from park import (
 )
 
 import alarm_calc
+import control
 import jobs
+import perfdb
+from worker import Worker, current_worker, use_worker
 
 NAN = math.nan
 DAY = timedelta(days=1)
@@ -33,10 +36,10 @@ REAL_YEAR = Path(__file__).parents[2] / "shared" / "data" / "yalova_2018_10min.c
 @pytest.fixture
 def ask(conn):
     """Ask for an Alarm Calculation; return the job's id."""
-    jobs.write_types(conn, ["Alarm Calculation"])
+    control.write_types(conn, ["Alarm Calculation"])
 
     def ask(from_=MIDNIGHT, to=MIDNIGHT + DAY, objects=("LAN-01",), alarms=(111,), **more):
-        return jobs.create_job(conn, "Alarm Calculation", {
+        return control.create_job(conn, "Alarm Calculation", {
             "object_names": list(objects), "alarm_ids": list(alarms),
             "start": f"{from_:%Y-%m-%d %H:%M:%S}Z", "end": f"{to:%Y-%m-%d %H:%M:%S}Z"} | more)
     return ask
@@ -45,10 +48,10 @@ def ask(conn):
 @pytest.fixture
 def calculate(ask, dsn):
     """Ask for a calculation and run it in this process; return the steps that failed."""
-    worker = jobs.Worker(dsn)
-    jobs.use_worker(worker)
+    worker = Worker(dsn)
+    use_worker(worker)
     yield lambda *args, **kwargs: alarm_calc.JobAlarmCalc(ask(*args, **kwargs)).run()
-    jobs.use_worker(None)
+    use_worker(None)
     worker.close()
 
 
@@ -68,8 +71,8 @@ def test_a_plan_made_on_an_empty_history_does_not_read_it_whole_later(conn, dsn,
         add_samples(conn, every_ten_minutes([11, 9] * 20), name)
     conn.execute("VACUUM alarms_history")  # now PostgreSQL knows that it is empty
     job_id = ask(objects=names)
-    worker = jobs.Worker(dsn)
-    jobs.use_worker(worker)
+    worker = Worker(dsn)
+    use_worker(worker)
     alarm_calc.JobAlarmCalc(job_id).run()
     worker.connection.execute("SELECT pg_stat_force_next_flush()")
     (read,) = conn.execute("SELECT t.seq_tup_read + sum(i.idx_tup_read) FROM pg_stat_user_tables t "
@@ -77,7 +80,7 @@ def test_a_plan_made_on_an_empty_history_does_not_read_it_whole_later(conn, dsn,
                            "GROUP BY t.seq_tup_read").fetchone().values()
     assert len(history(conn)) == 30 * 20
     assert read < 30  # each object's own periods, of which there were none
-    jobs.use_worker(None)
+    use_worker(None)
     worker.close()
 
 
@@ -231,8 +234,8 @@ def test_a_mended_trigger_and_what_depends_on_it_are_calculated_by_retry(conn, c
     assert history(conn, 112) == []  # not the wrong periods
 
     conn.execute("UPDATE alarms SET trigger = %s WHERE manufacturer_id = 111", [jobs.Jsonb(trigger(value=10))])
-    jobs.retry_job(conn, 1)
-    row = jobs.current_worker().claim(["Alarm Calculation"])
+    control.retry_job(conn, 1)
+    row = current_worker().claim(["Alarm Calculation"])
     assert alarm_calc.JobAlarmCalc(row["id"]).run() == []
     assert history(conn, 111) == [("LAN-01", 111, at(10), at(20))]
     assert history(conn, 112) == [("LAN-01", 112, at(0), at(10))]
@@ -331,7 +334,7 @@ def test_two_calculations_of_one_alarm_take_turns(conn, dsn, ask):
     """The second one must see what the first has committed while it was waiting."""
     make_park(conn)
     add_samples(conn, every_ten_minutes([11] * 6))
-    with jobs.connect(dsn) as first, ThreadPoolExecutor(1) as pool:
+    with perfdb.connect(dsn) as first, ThreadPoolExecutor(1) as pool:
         ids = [ask(at(0), at(30)), ask(at(30), at(60))]
         steps = [conn.execute("INSERT INTO job_steps (job_instance_id, position, object_id, alarm_id) "
                               "VALUES (%s, 1, 1, 1) RETURNING id", [job_id]).fetchone()["id"] for job_id in ids]
@@ -350,7 +353,7 @@ def compute(connection, step_id, start, end):
 
 
 def compute_alone(dsn, *args):
-    with jobs.connect(dsn) as connection, connection.transaction():
+    with perfdb.connect(dsn) as connection, connection.transaction():
         compute(connection, *args)
 
 

@@ -14,7 +14,10 @@ from park import MIDNIGHT
 import baze_insert_alloc
 import baze_tag_delete
 import bazefield
+import bazefield_http
+import control
 import jobs
+from worker import Worker, use_worker
 
 ROOT = Path(__file__).parents[1]
 LAN_01, LAN_02 = "1164AFE219C9D000", "1164AFE219C9D001"
@@ -39,8 +42,8 @@ def pauses(monkeypatch):
     """The client's pauses, noted instead of slept."""
     pauses = []
     bazefield._client.clear()
-    monkeypatch.setattr(bazefield.time, "sleep", pauses.append)
-    monkeypatch.setattr(bazefield.Client.__init__, "__defaults__", (pauses.append,))
+    monkeypatch.setattr(bazefield_http.time, "sleep", pauses.append)
+    monkeypatch.setattr(bazefield_http.Client.__init__, "__defaults__", (pauses.append,))
     yield pauses
     bazefield._client.clear()
 
@@ -52,24 +55,24 @@ def plant(conn, pauses):
     conn.execute("INSERT INTO object_models (object_type_id, name) VALUES (1, 'park'), (2, 'G97'), (2, 'V90')")
     conn.execute("INSERT INTO objects (object_model_id, name, parent_id, bazefield_id) VALUES "
                  "(1, 'LAN', NULL, NULL), (2, 'LAN-01', 1, %s), (3, 'LAN-02', 1, NULL)", [LAN_01])
-    jobs.write_types(conn, ["Bazefield Tag Delete", "Bazefield Insert Allocation"])
+    control.write_types(conn, ["Bazefield Tag Delete", "Bazefield Insert Allocation"])
 
 
 @pytest.fixture
 def run(conn, dsn, plant):
     """Run a job in this process; return (job, its steps)."""
-    worker = jobs.Worker(dsn)
-    jobs.use_worker(worker)
+    worker = Worker(dsn)
+    use_worker(worker)
 
     def run(cls, parameters):
-        job_id = jobs.create_job(conn, cls._name, parameters)
+        job_id = control.create_job(conn, cls._name, parameters)
         with contextlib.suppress(jobs.JobRequestError):
             cls(job_id).run()
         job = conn.execute("SELECT * FROM job_instances WHERE id = %s", [job_id]).fetchone()
         steps = conn.execute("SELECT * FROM job_steps WHERE job_instance_id = %s ORDER BY position", [job_id])
         return job, steps.fetchall()
     yield run
-    jobs.use_worker(None)
+    use_worker(None)
     worker.close()
 
 
@@ -201,7 +204,7 @@ def test_two_objects_of_one_name_are_not_guessed_between(scada, delete):
 ])
 def test_wrong_parameters_of_a_delete(plant, conn, parameters, problem):
     with pytest.raises(jobs.JobRequestError) as exc:
-        jobs.create_job(conn, "Bazefield Tag Delete", {
+        control.create_job(conn, "Bazefield Tag Delete", {
             "object_names": ["LAN-01"], "tags": ["ActivePower"], "start": START, "end": END} | parameters)
     assert problem in str(exc.value)
 
@@ -268,7 +271,7 @@ def test_a_server_that_stays_away_is_given_up(scada, delete, pauses, fault):
     _, steps = delete()
     assert "5 tries" in steps[0]["comment"]
     assert len(pauses) == 4
-    assert max(pauses) <= bazefield.LONGEST_WAIT_SECONDS
+    assert max(pauses) <= bazefield_http.LONGEST_WAIT_SECONDS
 
 
 def test_retry_after_is_honoured(scada, delete, pauses):
@@ -512,7 +515,7 @@ def test_check_says_which_operations_exist(scada):
     assert done.returncode == 1
     assert "yes  delete " in done.stdout
     assert "NO   insert_allocation " in done.stdout
-    scada.metadata += [o.metadata for o in bazefield.OPERATIONS.values()]
+    scada.metadata += [o.metadata for o in bazefield_http.OPERATIONS.values()]
     assert check(scada).returncode == 0
     done = check(scada, BAZEFIELD_API_KEY="wrong")
     assert done.returncode == 3
@@ -520,9 +523,9 @@ def test_check_says_which_operations_exist(scada):
 
 
 def test_the_handler_runs_both(scada, plant, conn, run_handler):
-    jobs.create_job(conn, "Bazefield Tag Delete", {
+    control.create_job(conn, "Bazefield Tag Delete", {
         "object_names": ["LAN-01"], "tags": ["ActivePower"], "start": START, "end": END})
-    jobs.create_job(conn, "Bazefield Insert Allocation", {
+    control.create_job(conn, "Bazefield Insert Allocation", {
         "object_filter": {"selected": {"parent": ["LAN"]}}, "start": START, "end": END,
         "allocation_category": "Night", "allocation_type": "Internal"})
     run_handler("--once", "--workers", "2")

@@ -8,18 +8,20 @@ import pytest
 import sample_jobs
 from helpers import wait_for
 
+import control
 import handler
 import jobs
+from worker import Worker, use_worker
 
 SAMPLES = ("--module", "sample_jobs")
 
 
 @pytest.fixture
 def ask(conn):
-    jobs.write_types(conn, ["Scripted", "Noop"])
+    control.write_types(conn, ["Scripted", "Noop"])
 
     def ask(steps=("ok",), description="night run", **parameters):
-        return jobs.create_job(conn, "Scripted", {"steps": list(steps)} | parameters, description)
+        return control.create_job(conn, "Scripted", {"steps": list(steps)} | parameters, description)
     return ask
 
 
@@ -67,8 +69,8 @@ def test_a_refused_request_does_not_stop_the_handler(run_handler, ask, states, c
 
 
 def test_a_bug_in_a_job_file_fails_its_job_and_nothing_else(run_handler, ask, states, conn):
-    jobs.write_types(conn, ["Buggy"])
-    jobs.create_job(conn, "Buggy", {})
+    control.write_types(conn, ["Buggy"])
+    control.create_job(conn, "Buggy", {})
     ask()
     done = run_handler("--once", *SAMPLES, expect=1)
     assert states() == ["Failed", "Finished"]
@@ -223,7 +225,7 @@ def test_concurrent_claims_never_share_a_job(conn, dsn, ask):
     barrier, taken = threading.Barrier(4), []
 
     def work():
-        worker = jobs.Worker(dsn)
+        worker = Worker(dsn)
         barrier.wait()
         while row := worker.claim(["Scripted"]):
             taken.append(row["id"])
@@ -275,28 +277,28 @@ def test_a_paused_type_waits(run_handler, ask, states, conn):
 
 def test_a_long_job_waits_for_the_disk_once_per_step(conn, dsn, server):
     """Commits that wait are those whose WAL is flushed by their own backend: about one per step."""
-    worker = jobs.Worker(dsn)
-    jobs.use_worker(worker)
-    jobs.write_types(worker.connection, ["Noop"])
-    job = sample_jobs.Noop(jobs.create_job(worker.connection, "Noop", {"steps": 200}))
+    worker = Worker(dsn)
+    use_worker(worker)
+    control.write_types(worker.connection, ["Noop"])
+    job = sample_jobs.Noop(control.create_job(worker.connection, "Noop", {"steps": 200}))
     statements = []
     execute = worker.execute
     worker.execute = lambda sql, params: statements.append(sql) or execute(sql, params)
     job.run()
     waiting = [sql for sql in statements if "'synchronous_commit', 'off'" not in sql]
     assert len(waiting) == 200
-    jobs.use_worker(None)
+    use_worker(None)
     worker.close()
 
 
 @pytest.fixture
 def small_tables(conn, dsn):
     """Return a worker that planned its statements while the tables were small, and what counts whole reads of one."""
-    worker = jobs.Worker(dsn)
-    jobs.use_worker(worker)
-    jobs.write_types(worker.connection, ["Noop"])
+    worker = Worker(dsn)
+    use_worker(worker)
+    control.write_types(worker.connection, ["Noop"])
     conn.execute("VACUUM job_instances, job_steps")
-    jobs.create_jobs(worker.connection, "Noop", [{"steps": 12}] * 12)
+    control.create_jobs(worker.connection, "Noop", [{"steps": 12}] * 12)
     while row := worker.claim(["Noop"]):
         sample_jobs.Noop(row["id"]).run()
 
@@ -305,13 +307,13 @@ def small_tables(conn, dsn):
         row = conn.execute("SELECT seq_scan FROM pg_stat_user_tables WHERE relname = %s", [table]).fetchone()
         return row["seq_scan"]
     yield worker, read_whole
-    jobs.use_worker(None)
+    use_worker(None)
     worker.close()
 
 
 def test_a_backlog_that_comes_at_once_is_not_read_whole(small_tables, dsn):
     worker, read_whole = small_tables
-    jobs.create_jobs(worker.connection, "Noop", [{}] * 3000)
+    control.create_jobs(worker.connection, "Noop", [{}] * 3000)
     looking = handler.JobHandler(dsn)
     looking.worker, looking._looked_after = worker, 1.0  # the last look was long ago
     looking._look_after()
@@ -323,7 +325,7 @@ def test_a_backlog_that_comes_at_once_is_not_read_whole(small_tables, dsn):
 def test_a_long_job_after_short_ones_does_not_read_all_steps_at_each(small_tables):
     worker, read_whole = small_tables
     before = read_whole("job_steps")
-    sample_jobs.Noop(jobs.create_job(worker.connection, "Noop", {"steps": jobs.MANY_STEPS})).run()
+    sample_jobs.Noop(control.create_job(worker.connection, "Noop", {"steps": jobs.MANY_STEPS})).run()
     assert read_whole("job_steps") - before < 10
 
 

@@ -11,9 +11,13 @@ import pytest
 import sample_jobs
 from helpers import wait_for
 
+import control
 import doctor
 import jobctl
 import jobs
+import perfdb
+import tables
+from worker import Worker, use_worker
 
 ROOT = Path(__file__).parents[1]
 MARCH = {"object_names": ["LAN-01"], "alarm_ids": [111], "start": "2026-03-01 00:00:00", "end": "2026-04-01 00:00:00"}
@@ -46,14 +50,14 @@ def usage(capsys):
 @pytest.fixture
 def ran(ctl, conn, dsn):
     """A finished and a failed job of the type Scripted; return their ids."""
-    jobs.write_types(conn, ["Scripted"])
-    worker = jobs.Worker(dsn)
-    jobs.use_worker(worker)
-    ids = [jobs.create_job(conn, "Scripted", {"steps": steps}, text)
+    control.write_types(conn, ["Scripted"])
+    worker = Worker(dsn)
+    use_worker(worker)
+    ids = [control.create_job(conn, "Scripted", {"steps": steps}, text)
            for steps, text in ((["ok"], "good"), (["ok", "error"], "bad"))]
     for job_id in ids:
         sample_jobs.Scripted(job_id).run()
-    jobs.use_worker(None)
+    use_worker(None)
     worker.close()
     return ids
 
@@ -146,7 +150,7 @@ def test_a_long_job_is_shown_in_part(ctl, ran, conn):
 
 
 def test_cancel_and_retry(ctl, ran, conn):
-    waiting = jobs.create_job(conn, "Scripted", {"steps": []})
+    waiting = control.create_job(conn, "Scripted", {"steps": []})
     assert ctl("cancel", waiting, "--reason", "storm") == f"job {waiting} is cancelled\n"
     assert "cannot be cancelled: it is Finished" in ctl("cancel", ran[0], expect=1)
     assert ctl("retry", ran[1]) == f"job {ran[1]} is Queued again\n"
@@ -163,7 +167,7 @@ def test_stats(ctl, ran):
 
 def test_prune_deletes_what_ended_long_ago_and_nothing_else(ctl, ran, conn):
     conn.execute("UPDATE job_instances SET finished = now() - interval '91 days' WHERE id = %s", [ran[0]])
-    waiting = jobs.create_job(conn, "Scripted", {"steps": []})
+    waiting = control.create_job(conn, "Scripted", {"steps": []})
     assert ctl("prune", "--older-than", "90d", "--dry-run") == "1 jobs would be deleted\n"
     assert ctl("prune", "--older-than", "90d") == "1 jobs deleted\n"
     assert [r["id"] for r in conn.execute("SELECT id FROM job_instances ORDER BY id")] == [ran[1], waiting]
@@ -174,15 +178,15 @@ def test_prune_goes_in_batches_and_leaves_locked_jobs(ctl, ran, conn, dsn, monke
     monkeypatch.setattr(jobctl, "BATCH", 7)
     conn.execute("INSERT INTO job_instances (job_type_id, state, finished) "
                  "SELECT job_type_id, 'Finished', now() - interval '1 year' FROM job_instances, generate_series(1, 15)")
-    with jobs.connect(dsn) as other, other.transaction():
+    with perfdb.connect(dsn) as other, other.transaction():
         other.execute("SELECT FROM job_instances WHERE id = 10 FOR UPDATE")
         assert ctl("prune", "--older-than", "90d") == "29 jobs deleted\n"
     assert [r["id"] for r in conn.execute("SELECT id FROM job_instances ORDER BY id")] == [*ran, 10]
 
 
 def test_watch_follows_a_job_to_its_end(ctl, conn, start_handler):
-    jobs.write_types(conn, ["Scripted"])
-    job_id = jobs.create_job(conn, "Scripted", {"steps": ["sleep"] * 4, "sleep": 0.15})
+    control.write_types(conn, ["Scripted"])
+    job_id = control.create_job(conn, "Scripted", {"steps": ["sleep"] * 4, "sleep": 0.15})
     watching = subprocess.Popen([sys.executable, ROOT / "jobctl.py", "watch", str(job_id), "--interval", "0.02"],
                                 stdout=subprocess.PIPE, text=True)
     assert f"job {job_id}  [........................] 0/0 Created" in watching.stdout.readline()
@@ -202,12 +206,12 @@ def test_output_fits_the_terminal_and_is_plain_in_a_pipe(ran, dsn):
 
 
 def test_states_are_coloured_on_a_terminal_only(monkeypatch):
-    rows = jobctl.table(["state", "n"], [("Failed", 1), ("Created", 2)])
+    rows = tables.table(["state", "n"], [("Failed", 1), ("Created", 2)])
     assert "\x1b" not in rows
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    assert "\x1b[31mFailed\x1b[0m" in jobctl.table(["state", "n"], [("Failed", 1), ("Created", 2)])
+    assert "\x1b[31mFailed\x1b[0m" in tables.table(["state", "n"], [("Failed", 1), ("Created", 2)])
     monkeypatch.setenv("NO_COLOR", "1")
-    assert jobctl.table(["state", "n"], [("Failed", 1), ("Created", 2)]) == rows
+    assert tables.table(["state", "n"], [("Failed", 1), ("Created", 2)]) == rows
 
 
 def test_a_closed_pipe_is_no_error(ran, dsn):
@@ -267,7 +271,7 @@ def findings(ctl, conn):
     conn.execute("DELETE FROM job_types WHERE name NOT IN (SELECT unnest(%s::text[]))",
                  [["Alarm Calculation", "Bazefield Tag Delete", "Bazefield Insert Allocation"]])
     for name in [n for n in jobs.JOB_TYPES if n not in jobctl.handler.JOB_MODULES]:
-        jobs.write_types(conn, [name])
+        control.write_types(conn, [name])
 
     def findings(*statements):
         assert ctl("doctor") == "all is well\n"
@@ -316,7 +320,7 @@ def test_doctor_finds(findings, conn, statements, text):
 
 def test_doctor_finds_a_pooler_that_shares_sessions(dsn):
     """Behind PgBouncer in transaction mode two connections take turns on one server session."""
-    with jobs.connect(dsn) as one, jobs.connect(dsn) as other:
+    with perfdb.connect(dsn) as one, perfdb.connect(dsn) as other:
         assert list(doctor.pooler(one, other)) == []
         assert "sessions are shared" in next(doctor.pooler(one, one))
 
@@ -324,7 +328,7 @@ def test_doctor_finds_a_pooler_that_shares_sessions(dsn):
 def test_doctor_finds_an_old_transaction_and_a_full_server(dsn, conn, monkeypatch):
     monkeypatch.setattr(doctor, "OLD_TRANSACTIONS_SQL", doctor.OLD_TRANSACTIONS_SQL.replace("1 hour", "0 s"))
     monkeypatch.setattr(doctor, "MOST_CONNECTIONS", 0.001)
-    with jobs.connect(dsn) as other, other.transaction():
+    with perfdb.connect(dsn) as other, other.transaction():
         other.execute("SELECT 1")
         pid = other.info.backend_pid
         wait_for(lambda: any(f"session {pid}" in line for line in doctor.old_transactions(conn)))

@@ -8,20 +8,23 @@ import psycopg
 import pytest
 import sample_jobs
 
+import control
 import jobs
+import perfdb
 from jobs import JobInstance, JobRequestError
+from worker import Worker, use_worker
 
 PERIOD = {"start": "2026-03-01 00:00:00", "end": "2026-04-01 00:00:00"}
 
 
 @pytest.fixture
 def worker(dsn, conn):
-    worker = jobs.Worker(dsn)
-    jobs.write_types(worker.connection, ["Scripted", "Transactional", "Noop"])
+    worker = Worker(dsn)
+    control.write_types(worker.connection, ["Scripted", "Transactional", "Noop"])
     worker.connection.execute("CREATE TABLE trace (job_id bigint, step_id bigint)")
-    jobs.use_worker(worker)
+    use_worker(worker)
     yield worker
-    jobs.use_worker(None)
+    use_worker(None)
     worker.close()
 
 
@@ -239,7 +242,7 @@ def test_wrong_parameters_fail_the_job_with_all_problems(insert, row, conn, para
 
 def test_the_same_problems_are_told_before_a_job_is_created(worker):
     with pytest.raises(JobRequestError) as exc:
-        jobs.create_job(worker.connection, "Scripted", {"wind": 3})
+        control.create_job(worker.connection, "Scripted", {"wind": 3})
     assert "$: 'steps' is a required property" in str(exc.value)
     assert "known parameters: steps, sleep, refuse, start, end" in str(exc.value)
     assert worker.connection.execute("SELECT count(*) FROM job_instances").fetchone() == (0,)
@@ -249,13 +252,13 @@ def test_a_job_of_a_type_only_the_table_knows_is_checked_too(worker):
     worker.connection.execute("INSERT INTO job_types (name, parameters_schema) VALUES "
                               "('Elsewhere', '{\"type\": \"object\", \"required\": [\"park\"]}')")
     with pytest.raises(JobRequestError, match="'park' is a required property"):
-        jobs.create_job(worker.connection, "Elsewhere", {})
-    assert jobs.create_job(worker.connection, "Elsewhere", {"park": "LAN"})
+        control.create_job(worker.connection, "Elsewhere", {})
+    assert control.create_job(worker.connection, "Elsewhere", {"park": "LAN"})
 
 
 def test_an_unknown_type_is_refused_with_the_known_ones(worker):
     with pytest.raises(JobRequestError, match=r"no job type 'Alarm'; known: 'Noop', 'Scripted', 'Transactional'"):
-        jobs.create_job(worker.connection, "Alarm", {})
+        control.create_job(worker.connection, "Alarm", {})
 
 
 def test_a_request_that_cannot_be_split_fails_with_the_whole_explanation(insert, row):
@@ -267,18 +270,18 @@ def test_a_request_that_cannot_be_split_fails_with_the_whole_explanation(insert,
 
 def test_many_jobs_are_created_all_or_none_in_order(worker, conn):
     good = [{"steps": [str(n)]} for n in range(500)]
-    ids = jobs.create_jobs(worker.connection, "Scripted", good)
+    ids = control.create_jobs(worker.connection, "Scripted", good)
     assert ids == sorted(ids)
     seventh = conn.execute("SELECT parameters FROM job_instances WHERE id = %s", [ids[7]]).fetchone()
     assert seventh["parameters"] == good[7]
     with pytest.raises(JobRequestError, match=r"job 1: \$: 'steps' is a required property"):
-        jobs.create_jobs(worker.connection, "Scripted", [good[0], {}])
+        control.create_jobs(worker.connection, "Scripted", [good[0], {}])
     assert conn.execute("SELECT count(*) FROM job_instances").fetchone()["count"] == 500
 
 
 def test_one_unfinished_job_per_unique_key(worker, insert):
     def create():
-        return jobs.create_job(worker.connection, "Scripted", {"steps": []}, unique_key="LAN march")
+        return control.create_job(worker.connection, "Scripted", {"steps": []}, unique_key="LAN march")
     first = create()
     assert create() == first
     sample_jobs.Scripted(first).run()
@@ -297,32 +300,32 @@ def test_one_unfinished_job_per_unique_key(worker, insert):
 def test_times_are_in_the_zone_unless_an_offset_follows(monkeypatch, text, zone, moment):
     if zone:
         monkeypatch.setenv("PERFDB_TIMEZONE", zone)
-    assert jobs.parse_time(text) == moment
+    assert perfdb.parse_time(text) == moment
 
 
 @pytest.mark.parametrize("text", ["2026-03-01", "2026-03-01T00:00:00", "2026-13-01 00:00:00", "2026-03-01 24:00:01",
                                   "0001-01-01 00:00:00+14:00", "٢٠٢٦-03-01 00:00:00", "2026-03-01 00:00:00+25:00"])
 def test_other_texts_are_no_times(text):
     with pytest.raises((ValueError, OverflowError)):
-        jobs.parse_time(text)
+        perfdb.parse_time(text)
 
 
 def test_an_hour_the_clocks_skip_is_no_time(monkeypatch):
     monkeypatch.setenv("PERFDB_TIMEZONE", "Europe/Madrid")
     with pytest.raises(ValueError, match="the clocks of Europe/Madrid skip this hour"):
-        jobs.parse_time("2026-03-29 02:30:00")
+        perfdb.parse_time("2026-03-29 02:30:00")
 
 
 def test_the_session_has_the_zone(dsn, monkeypatch):
     monkeypatch.setenv("PERFDB_TIMEZONE", "America/Santiago")
-    with jobs.connect(dsn) as connection:
+    with perfdb.connect(dsn) as connection:
         assert connection.execute("SHOW TimeZone").fetchone() == ("America/Santiago",)
 
 
 def test_an_unknown_zone_is_named(dsn, monkeypatch):
     monkeypatch.setenv("PERFDB_TIMEZONE", "Mars/Base")
     with pytest.raises(ValueError, match="PERFDB_TIMEZONE='Mars/Base'"):
-        jobs.connect(dsn)
+        perfdb.connect(dsn)
 
 
 # Steps in a transaction, time limits, retries, cancelling.
@@ -402,7 +405,7 @@ def test_only_failed_steps_are_tried_again_with_growing_delays(insert, row, step
 
 def test_a_created_job_is_cancelled_at_once(insert, row, conn):
     job_id = insert()
-    assert jobs.cancel_job(conn, job_id, "wrong month") == "Failed"
+    assert control.cancel_job(conn, job_id, "wrong month") == "Failed"
     assert row(job_id)["comment"] == "Cancelled: wrong month, 0 of 0 steps not run"
 
 
@@ -410,8 +413,8 @@ def test_a_running_job_is_cancelled_before_its_next_step(insert, row, steps, wor
     class Cancelled(sample_jobs.Scripted):
         def _run_step(self, step_id):
             if self.step["name"] == "stop":
-                with jobs.connect(worker.dsn) as other:
-                    assert jobs.cancel_job(other, self.job_id, "storm") == "Running"
+                with perfdb.connect(worker.dsn) as other:
+                    assert control.cancel_job(other, self.job_id, "storm") == "Running"
 
     job = Cancelled(insert(steps=["ok", "stop", "ok", "ok", "ok"]))
     assert job.run() == []
@@ -424,14 +427,14 @@ def test_an_ended_job_cannot_be_cancelled(insert, worker):
     job_id = insert()
     sample_jobs.Scripted(job_id).run()
     with pytest.raises(ValueError, match=f"job {job_id} cannot be cancelled: it is Finished"):
-        jobs.cancel_job(worker.connection, job_id)
+        control.cancel_job(worker.connection, job_id)
 
 
 @pytest.mark.parametrize(("every_step", "states"), [(False, ["Finished", "Created"]), (True, ["Created", "Created"])])
 def test_retry_puts_steps_back(insert, steps, row, worker, every_step, states):
     job_id = insert(steps=["ok", "error"])
     sample_jobs.Scripted(job_id).run()
-    assert jobs.retry_job(worker.connection, job_id, every_step) == "Queued"
+    assert control.retry_job(worker.connection, job_id, every_step) == "Queued"
     assert [s["state"] for s in steps(job_id)] == states
     assert worker.claim(["Scripted"])["id"] == job_id
     assert len(sample_jobs.Scripted(job_id).run()) == 1
@@ -443,7 +446,7 @@ def test_a_refused_job_is_looked_at_anew_by_retry(insert, row, conn, worker):
     with pytest.raises(JobRequestError):
         sample_jobs.Scripted(job_id)
     conn.execute("UPDATE job_instances SET parameters = parameters - 'refuse' WHERE id = %s", [job_id])
-    assert jobs.retry_job(worker.connection, job_id) == "Created"
+    assert control.retry_job(worker.connection, job_id) == "Created"
     sample_jobs.Scripted(job_id).run()
     assert row(job_id)["state"] == "Finished"
 

@@ -9,7 +9,9 @@ from park import add_samples, every_ten_minutes, make_park
 from psycopg.conninfo import make_conninfo
 
 import alarm_calc  # noqa: F401  its type
+import control
 import jobs
+import perfdb
 
 ROOT = Path(__file__).parents[1]
 OPERATIONS = (ROOT / "OPERATIONS.md").read_text()
@@ -21,7 +23,7 @@ PARAMETERS = {"object_names": ["LAN-01"], "alarm_ids": [111],
 @pytest.fixture
 def roles(conn, dsn):
     """The three roles of OPERATIONS.md; a function from a role's name to its connection string."""
-    jobs.write_types(conn, ["Alarm Calculation"])
+    control.write_types(conn, ["Alarm Calculation"])
     make_park(conn)
     add_samples(conn, every_ten_minutes([9, 11, 11]))
     conn.execute(GRANTS)
@@ -32,25 +34,26 @@ def roles(conn, dsn):
 
 
 def test_each_role_can_do_its_work(roles, run_handler, conn):
-    with jobs.connect(roles("perf_ask")) as ask:
-        job_id = jobs.create_job(ask, "Alarm Calculation", PARAMETERS, "by the front end", unique_key="a", priority=1)
-        assert jobs.create_job(ask, "Alarm Calculation", PARAMETERS, unique_key="a") == job_id
+    with perfdb.connect(roles("perf_ask")) as ask:
+        job_id = control.create_job(ask, "Alarm Calculation", PARAMETERS, "by the front end",
+                                    unique_key="a", priority=1)
+        assert control.create_job(ask, "Alarm Calculation", PARAMETERS, unique_key="a") == job_id
     conn.execute("INSERT INTO job_schedules (job_type_id, parameters, every, next_start) "
                  "VALUES (1, %s, '1 day', now() - interval '1.5 days')", [jobs.Jsonb(PARAMETERS)])
     run_handler("--once", "--workers", "2", "--dsn", roles("perf_run"))
-    with jobs.connect(roles("perf_look")) as look:
+    with perfdb.connect(roles("perf_look")) as look:
         assert look.execute("SELECT state, steps_done FROM v_job_instances").fetchall() == [("Finished", 1)] * 2
         assert look.execute("SELECT count(*) FROM v_job_steps").fetchone() == (2,)
         assert look.execute("SELECT count(*) FROM alarms_history").fetchone() == (1,)
 
 
 def test_the_running_role_recovers_cancels_and_retries(roles, conn, run_handler):
-    job_id = jobs.create_job(conn, "Alarm Calculation", PARAMETERS)
+    job_id = control.create_job(conn, "Alarm Calculation", PARAMETERS)
     conn.execute("UPDATE job_instances SET worker_id = 4711, state = 'Running', started = now()")  # of a dead worker
-    with jobs.connect(roles("perf_run")) as run:
-        assert jobs.cancel_job(run, job_id) == "Running"
+    with perfdb.connect(roles("perf_run")) as run:
+        assert control.cancel_job(run, job_id) == "Running"
         run_handler("--once", "--dsn", roles("perf_run"), expect=1)
-        assert jobs.retry_job(run, job_id) == "Created"
+        assert control.retry_job(run, job_id) == "Created"
     run_handler("--once", "--dsn", roles("perf_run"))
 
 
@@ -72,7 +75,7 @@ def test_the_running_role_recovers_cancels_and_retries(roles, conn, run_handler)
     ("perf_look", "UPDATE job_instances SET comment = 'x'"),
 ])
 def test_no_role_can_do_more(roles, role, statement):
-    with jobs.connect(roles(role)) as connection, pytest.raises(psycopg.errors.InsufficientPrivilege):
+    with perfdb.connect(roles(role)) as connection, pytest.raises(psycopg.errors.InsufficientPrivilege):
         connection.execute(statement)
 
 

@@ -12,19 +12,22 @@ import pytest
 import sample_jobs
 from helpers import wait_for
 
+import control
 import handler
 import jobs
+import perfdb
+from worker import Worker, recover, use_worker
 
 SAMPLES = ("--module", "sample_jobs")
 
 
 @pytest.fixture
 def ask(conn, dsn):
-    jobs.write_types(conn, ["Scripted", "Transactional"])
+    control.write_types(conn, ["Scripted", "Transactional"])
     conn.execute("CREATE TABLE trace (job_id bigint, step_id bigint)")  # one row per effect of a step
 
     def ask(*steps, type_name="Transactional", sleep=60):
-        return jobs.create_job(conn, type_name, {"steps": list(steps), "sleep": sleep})
+        return control.create_job(conn, type_name, {"steps": list(steps), "sleep": sleep})
     return ask
 
 
@@ -32,7 +35,7 @@ def ask(conn, dsn):
 def rows(dsn):
     """Ask the database on a connection of its own: the server may have been restarted."""
     def rows(query):
-        with jobs.connect(dsn) as connection:
+        with perfdb.connect(dsn) as connection:
             return connection.execute(query).fetchall()
     return rows
 
@@ -181,16 +184,16 @@ def test_restarts_of_postgresql_cost_nothing_and_are_no_deaths(server, start_han
 
 def test_a_connection_lost_while_starting_is_not_the_end(conn, dsn, monkeypatch):
     """Between taking an id and the first claim, too."""
-    write_types = jobs.write_types
+    write_types = control.write_types
     write_types(conn, ["Noop"])
-    job_id = jobs.create_job(conn, "Noop", {})
+    job_id = control.create_job(conn, "Noop", {})
     losses = iter([True, True])
 
     def lose_then_write(connection, names):
         if next(losses, False):
             conn.execute("SELECT pg_terminate_backend(%s, 5000)", [connection.info.backend_pid])
         write_types(connection, names)
-    monkeypatch.setattr(jobs, "write_types", lose_then_write)
+    monkeypatch.setattr(control, "write_types", lose_then_write)
     assert handler.JobHandler(dsn, types=["Noop"], once=True).run() == handler.OK
     assert conn.execute("SELECT state FROM job_instances WHERE id = %s", [job_id]).fetchone()["state"] == "Finished"
 
@@ -272,7 +275,7 @@ def test_claim_finish_cancel_retry_and_recovery_do_not_deadlock(dsn, ask, conn):
     until, problems = time.monotonic() + 2, []
 
     def operator(act):
-        with jobs.connect(dsn) as connection:
+        with perfdb.connect(dsn) as connection:
             while time.monotonic() < until:
                 try:
                     act(connection, random.choice(ids))
@@ -283,10 +286,10 @@ def test_claim_finish_cancel_retry_and_recovery_do_not_deadlock(dsn, ask, conn):
 
     def work():
         while time.monotonic() < until:
-            worker = jobs.Worker(dsn)
+            worker = Worker(dsn)
             try:
                 for _ in range(10):
-                    jobs.recover(worker)
+                    recover(worker)
                     if row := worker.claim(["Scripted"]):
                         run_as(worker, row["id"])
             except psycopg.Error as exc:
@@ -296,7 +299,7 @@ def test_claim_finish_cancel_retry_and_recovery_do_not_deadlock(dsn, ask, conn):
     def run_as(worker, job_id):
         job = object.__new__(sample_jobs.Scripted)
         with one_at_a_time:
-            jobs.use_worker(worker)
+            use_worker(worker)
             try:
                 job.__init__(job_id)
             except ValueError:
@@ -307,10 +310,10 @@ def test_claim_finish_cancel_retry_and_recovery_do_not_deadlock(dsn, ask, conn):
 
     one_at_a_time = threading.Lock()
     threads = [threading.Thread(target=operator, args=[act]) for act in (
-        lambda c, i: jobs.cancel_job(c, i), lambda c, i: jobs.retry_job(c, i),
-        lambda c, i: jobs.retry_job(c, i, True))] + [threading.Thread(target=work) for _ in range(3)]
+        lambda c, i: control.cancel_job(c, i), lambda c, i: control.retry_job(c, i),
+        lambda c, i: control.retry_job(c, i, True))] + [threading.Thread(target=work) for _ in range(3)]
     for t in threads: t.start()
     for t in threads: t.join()
-    jobs.use_worker(None)
+    use_worker(None)
     assert problems == []
     assert conn.execute("SELECT sum(attempts) AS n FROM job_instances").fetchone()["n"] > 10

@@ -9,14 +9,15 @@ import pytest
 import sample_jobs  # noqa: F401  the types Noop and Scripted
 from helpers import wait_for
 
-import handler
-import jobs
+import control
+import perfdb
+import schedules
 
 
 @pytest.fixture
 def schedule(conn):
     """Add a schedule for the type Noop by plain INSERT; return its id."""
-    jobs.write_types(conn, ["Noop"])
+    control.write_types(conn, ["Noop"])
 
     def schedule(every, next_start, delay="0", **columns):
         return conn.execute(
@@ -30,7 +31,7 @@ def schedule(conn):
 def windows(conn):
     def windows():
         rows = conn.execute("SELECT parameters FROM job_instances ORDER BY id").fetchall()
-        return [(jobs.parse_time(r["parameters"]["start"]), jobs.parse_time(r["parameters"]["end"])) for r in rows]
+        return [(perfdb.parse_time(r["parameters"]["start"]), perfdb.parse_time(r["parameters"]["end"])) for r in rows]
     return windows
 
 
@@ -43,15 +44,15 @@ HOUR = timedelta(hours=1)
 ])
 def test_a_window_is_due_when_it_is_over_and_the_delay_too(conn, schedule, windows, now, due):
     schedule("1 hour", NOON, delay="1 hour")
-    handler.create_due_jobs(conn, now)
+    schedules.create_due_jobs(conn, now)
     assert windows() == [(NOON + n * HOUR, NOON + (n + 1) * HOUR) for n in range(due)]
-    assert handler.create_due_jobs(conn, now) == []
+    assert schedules.create_due_jobs(conn, now) == []
 
 
 def test_a_job_has_the_schedules_parameters_and_its_window(conn, schedule):
     schedule_id = schedule("1 day", NOON)
     conn.execute("UPDATE job_schedules SET description = 'nightly'")
-    handler.create_due_jobs(conn, NOON + timedelta(days=1))
+    schedules.create_due_jobs(conn, NOON + timedelta(days=1))
     job = conn.execute("SELECT * FROM job_instances").fetchone()
     assert (job["schedule_id"], job["description"], job["state"]) == (schedule_id, "nightly", "Created")
     assert job["parameters"] == {"steps": 1, "start": "2026-03-01 12:00:00+00:00", "end": "2026-03-02 12:00:00+00:00"}
@@ -59,16 +60,16 @@ def test_a_job_has_the_schedules_parameters_and_its_window(conn, schedule):
 
 def test_a_disabled_schedule_waits_and_catches_up(conn, schedule, windows):
     schedule("1 hour", NOON, enabled=False)
-    assert handler.create_due_jobs(conn, NOON + 3 * HOUR) == []
+    assert schedules.create_due_jobs(conn, NOON + 3 * HOUR) == []
     conn.execute("UPDATE job_schedules SET enabled = true")
-    handler.create_due_jobs(conn, NOON + 3 * HOUR)
+    schedules.create_due_jobs(conn, NOON + 3 * HOUR)
     assert len(windows()) == 3
 
 
 def test_a_long_absence_is_made_up_in_bounded_pieces(conn, schedule, windows):
     schedule("1 minute", NOON)
     now = NOON + timedelta(minutes=2500)
-    assert [len(handler.create_due_jobs(conn, now)) for _ in range(4)] == [1000, 1000, 500, 0]
+    assert [len(schedules.create_due_jobs(conn, now)) for _ in range(4)] == [1000, 1000, 500, 0]
     assert windows() == [(NOON + timedelta(minutes=n), NOON + timedelta(minutes=n + 1)) for n in range(2500)]
 
 
@@ -84,12 +85,12 @@ def test_two_years_of_windows_keep_their_calendar_length(conn, dsn, schedule, wi
     clock = [now for now in clock if now < last.astimezone(UTC)] + [last.astimezone(UTC)]
 
     def look():
-        with jobs.connect(dsn) as connection:
+        with perfdb.connect(dsn) as connection:
             for now in clock:
                 barrier.wait()
-                handler.create_due_jobs(connection, now)
+                schedules.create_due_jobs(connection, now)
                 barrier.wait()
-                handler.create_due_jobs(connection, now)  # whoever was passed by looks again
+                schedules.create_due_jobs(connection, now)  # whoever was passed by looks again
 
     barrier = threading.Barrier(3)
     threads = [threading.Thread(target=look) for _ in range(3)]
@@ -108,7 +109,7 @@ def test_two_years_of_windows_keep_their_calendar_length(conn, dsn, schedule, wi
 def test_a_schedule_whose_parameters_do_not_fit_spoils_only_its_own_jobs(conn, schedule, run_handler):
     now = datetime.now(UTC)
     schedule("1 hour", now - 2.5 * HOUR)
-    jobs.write_types(conn, ["Scripted"])
+    control.write_types(conn, ["Scripted"])
     conn.execute("INSERT INTO job_schedules (job_type_id, parameters, every, next_start) "
                  "SELECT id, '{}', '1 hour', %s FROM job_types WHERE name = 'Scripted'", [now - 1.5 * HOUR])
     run_handler("--once", "--module", "sample_jobs", expect=1)

@@ -1,0 +1,155 @@
+"""Ask for jobs, cancel them, try them again: what front ends and jobctl call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+import psycopg
+from psycopg.types.json import Jsonb
+
+from jobs import JOB_TYPES, parameter_problems
+from life import CANCEL_SQL, RETRY_SQL, STATE_SQL
+from parameters import (
+    JobRequestError,
+    explain_parameters,
+    period_problems,
+    schema_problems,
+)
+from perfdb import clean, query
+
+TYPE_SQL = "SELECT id, parameters_schema FROM job_types WHERE name = %s"
+TYPE_NAMES_SQL = "SELECT name FROM job_types ORDER BY name"
+
+# A schema is written by whoever knows the type; the limits are the operator's and are left alone.
+# No ON CONFLICT alone: it would use up an id at every start of every handler.
+WRITE_TYPES_SQL = """
+WITH known AS (
+    SELECT name, description, parameters_schema
+      FROM jsonb_to_recordset(%(types)s) AS t(name text, description text, parameters_schema jsonb)
+), changed AS (
+    UPDATE job_types t
+       SET description = known.description, parameters_schema = known.parameters_schema
+      FROM known
+     WHERE t.name = known.name
+       AND (t.description, t.parameters_schema) IS DISTINCT FROM (known.description, known.parameters_schema)
+)
+INSERT INTO job_types (name, description, parameters_schema)
+SELECT name, description, parameters_schema
+  FROM known
+ WHERE NOT EXISTS (SELECT FROM job_types t WHERE t.name = known.name)
+ ORDER BY name
+ON CONFLICT (name) DO NOTHING
+"""
+
+# One statement for one job or for ten thousand: the workers are woken once.
+CREATE_SQL = """
+INSERT INTO job_instances (job_type_id, description, parameters, priority, run_after, unique_key)
+SELECT %(type_id)s, %(description)s, p.parameters, %(priority)s, COALESCE(%(run_after)s, now()), %(unique_key)s
+  FROM jsonb_array_elements(%(parameters)s) WITH ORDINALITY AS p(parameters, n)
+ ORDER BY n
+ON CONFLICT (unique_key) WHERE unique_key IS NOT NULL AND state IN ('Created', 'Queued', 'Running')
+   DO NOTHING
+RETURNING id
+"""
+
+SAME_KEY_SQL = """
+SELECT id
+  FROM job_instances
+ WHERE unique_key = %(unique_key)s
+   AND state IN ('Created', 'Queued', 'Running')
+"""
+
+
+def write_types(connection: psycopg.Connection, names: Sequence[str] | None = None) -> None:
+    """Write the job types this process knows (or those `names`), with their schemas, to job_types."""
+    types = [{"name": name, "description": (JOB_TYPES[name].__doc__ or "").strip().partition("\n")[0],
+              "parameters_schema": dict(JOB_TYPES[name]._parameters_schema)}
+             for name in (JOB_TYPES if names is None else names)]
+    connection.execute(WRITE_TYPES_SQL, {"types": Jsonb(types)})
+
+
+def create_job(connection: psycopg.Connection, type_name: str, parameters: dict[str, Any],
+               description: str = "", *, priority: int = 0, run_after: datetime | None = None,
+               unique_key: str | None = None) -> int:
+    """Ask for a job and return its id.
+
+    With `unique_key` and an unfinished job of that key, nothing is created and that job's id is
+    returned. Raise `JobRequestError` if the type is unknown or the parameters do not fit it.
+    """
+    while True:
+        ids = create_jobs(connection, type_name, [parameters], description,
+                          priority=priority, run_after=run_after, unique_key=unique_key)
+        if ids:
+            return ids[0]
+        if rows := query(connection, SAME_KEY_SQL, {"unique_key": unique_key}):
+            return rows[0][0]  # else that job has just ended: ask again
+
+
+def create_jobs(connection: psycopg.Connection, type_name: str, parameters: Sequence[dict[str, Any]],
+                description: str = "", *, priority: int = 0, run_after: datetime | None = None,
+                unique_key: str | None = None) -> list[int]:
+    """Ask for one job per element of `parameters`, all or none, and return the new ids in that order.
+
+    Raise `JobRequestError` if the type is unknown or any parameters do not fit it.
+    """
+    type_id = check_request(connection, type_name, parameters)
+    return [job_id for (job_id,) in query(connection, CREATE_SQL, {
+        "type_id": type_id, "description": description, "parameters": Jsonb(list(parameters)),
+        "priority": priority, "run_after": run_after, "unique_key": unique_key})]
+
+
+def check_request(connection: psycopg.Connection, type_name: str, parameters: Sequence[dict[str, Any]]) -> int:
+    """Return the id of the job type; `JobRequestError` if it is unknown or any `parameters` do not fit it."""
+    if not (rows := query(connection, TYPE_SQL, [type_name])):
+        raise JobRequestError(unknown_type(connection, type_name))
+    type_id, schema = rows[0]
+    if type_name in JOB_TYPES:
+        schema = JOB_TYPES[type_name]._parameters_schema
+    problems = []
+    for number, one in enumerate(parameters):
+        found = (parameter_problems(JOB_TYPES[type_name], one) if type_name in JOB_TYPES
+                 else schema_problems(one, schema) or period_problems(one))
+        problems += found if len(parameters) == 1 else [f"job {number}: {problem}" for problem in found]
+    if problems:
+        raise JobRequestError(explain_parameters(problems, schema))
+    return type_id
+
+
+def unknown_type(connection: psycopg.Connection, type_name: str) -> str:
+    """Return the text that says which job types there are instead of `type_name`."""
+    names = ", ".join(repr(name) for (name,) in query(connection, TYPE_NAMES_SQL)) or "none"
+    return f"there is no job type {type_name!r}; known: {names} (a new one: jobctl.py init --module NAME)"
+
+
+def cancel_job(connection: psycopg.Connection, job_id: int, reason: str = "") -> str:
+    """Cancel an unfinished job and return its state: Failed at once, or what it is until its next step.
+
+    Raise `ValueError` if there is no such job or it has ended.
+    """
+    params = {"job_id": job_id, "comment": clean(f"Cancelled: {reason or 'no reason given'}")}
+    return _change(connection, CANCEL_SQL, params, "cancelled", "only an unfinished job can be")
+
+
+def retry_job(connection: psycopg.Connection, job_id: int, every_step: bool = False) -> str:
+    """Have the Failed steps of a job run again (or `every_step`) and return its new state.
+
+    Raise `ValueError` if there is no such job, it has not ended, no step of it failed, or another
+    unfinished job has its unique_key.
+    """
+    params = {"job_id": job_id, "all": every_step}
+    try:
+        return _change(connection, RETRY_SQL, params, "retried",
+                       "only a Failed job can be, or with --all a Finished one")
+    except psycopg.errors.UniqueViolation:
+        raise ValueError(f"job {job_id} cannot be retried now: another unfinished job has its unique_key; "
+                         "cancel that one or wait for it") from None
+
+
+def _change(connection: psycopg.Connection, sql: str, params: dict[str, Any], done: str, rule: str) -> str:
+    if rows := query(connection, sql, params):
+        return rows[0][0]
+    if rows := query(connection, STATE_SQL, params):
+        raise ValueError(f"job {params['job_id']} cannot be {done}: it is {rows[0][0]}; {rule}")
+    raise ValueError(f"there is no job {params['job_id']} in job_instances")
