@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import Callable, Iterator
 
@@ -11,7 +10,7 @@ import psycopg
 from control import TYPE_NAMES_SQL
 from jobs import JOB_TYPES, parameter_problems
 from parameters import schema_problems
-from perfdb import SCHEMA_VERSION, query
+from perfdb import SCHEMA_VERSION, SHARED, query, sessions_are_shared
 
 Findings = Iterator[str]
 
@@ -185,41 +184,36 @@ def clock(connection: psycopg.Connection) -> Findings:
         yield f"clock: the server's is {off:+.0f} s off this host's: run NTP on both"
 
 
-# The database's own zone is what psql and other tools show times in.
+# In some month of the year to come: names may differ and mean the same.
 ZONE_SQL = """
-SELECT reset_val, current_setting('TimeZone')
-  FROM pg_settings
- WHERE name = 'TimeZone'
-   AND EXISTS (SELECT FROM generate_series(now(), now() + interval '1 year', '1 month') AS t
-                WHERE t AT TIME ZONE reset_val <> t AT TIME ZONE current_setting('TimeZone'))
+SELECT current_setting('TimeZone')
+  FROM generate_series(now(), now() + interval '1 year', '1 month') AS t
+ WHERE t AT TIME ZONE %(theirs)s <> t AT TIME ZONE current_setting('TimeZone')
+ LIMIT 1
 """
 
 
-def zone(connection: psycopg.Connection) -> Findings:
-    for database, ours in query(connection, ZONE_SQL):
-        yield (f"zone: the database shows times in {database}, jobs mean {ours} (PERFDB_TIMEZONE): set PERFDB_TIMEZONE "
-               f"to {database} everywhere, or ALTER DATABASE ... SET TimeZone = '{ours}'")
+def zone(connection: psycopg.Connection, other: psycopg.Connection) -> Findings:
+    """Whether psql and other tools show times in the zone that jobs mean."""
+    theirs = other.info.parameter_status("TimeZone")
+    for (ours,) in query(connection, ZONE_SQL, {"theirs": theirs}):
+        yield (f"zone: the database shows times in {theirs}, jobs mean {ours} (PERFDB_TIMEZONE): set PERFDB_TIMEZONE "
+               f"to {theirs} everywhere, or ALTER DATABASE ... SET TimeZone = '{ours}'")
 
 
 def pooler(connection: psycopg.Connection, other: psycopg.Connection) -> Findings:
-    """Whether sessions are ours alone: what one leaves in its session must not turn up in the other."""
-    mine, theirs = secrets.token_hex(4), secrets.token_hex(4)
-    for _ in range(5):
-        for session, token in ((connection, mine), (other, theirs)):
-            query(session, "SELECT set_config('perfdb.probe', %s, false)", [token])
-        if query(connection, "SELECT current_setting('perfdb.probe', true)") != [(mine,)]:
-            yield ("pooler: sessions are shared (PgBouncer with pool_mode = transaction?), so the workers' locks mean "
-                   "nothing: connect directly or with pool_mode = session")
-            return
+    if sessions_are_shared(connection, other):
+        yield f"pooler: {SHARED}"
 
 
 CHECKS: list[Callable[[psycopg.Connection], Findings]] = [
-    schema, types, orphans, waiting, schedules, long_steps, old_transactions, vacuum, connections, clock, zone]
+    schema, types, orphans, waiting, schedules, long_steps, old_transactions, vacuum, connections, clock]
 
 
 def examine(connection: psycopg.Connection, other: psycopg.Connection) -> list[str]:
-    """Return all findings, [] if all is well; `other` is a second connection by the same string."""
-    return [finding for check in CHECKS for finding in check(connection)] + list(pooler(connection, other))
+    """Return all findings, [] if all is well; `other` is a plain second connection by the same string."""
+    return [*(finding for check in CHECKS for finding in check(connection)),
+            *zone(connection, other), *pooler(connection, other)]
 
 
 def listed(things: set[str] | list[int]) -> str:

@@ -13,6 +13,7 @@ Exit status: 0 done; 1 refused, failed, or doctor found something; 2 wrong usage
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -29,7 +30,7 @@ from psycopg.rows import dict_row
 import control
 import handler
 import schedules
-from perfdb import connect, parse_time, query
+from perfdb import connect, connect_plainly, parse_time, query
 from tables import duration, print_json, table, text
 
 OK, FAILED, USAGE, NO_DATABASE = 0, 1, 2, 3  # exit status; 2 is argparse's
@@ -325,7 +326,7 @@ def bar(row: dict[str, Any], width: int = 24) -> str:
 def examine(connection: psycopg.Connection, args: argparse.Namespace) -> int:
     """Say what is wrong with the job system, a line per finding; exit status 1 if there is any."""
     import doctor
-    with connect(args.dsn, "jobctl doctor") as other:
+    with contextlib.closing(connect_plainly(args.dsn)) as other:
         findings = doctor.examine(connection, other)
     if args.json:
         print_json(findings)

@@ -303,7 +303,7 @@ def test_times_are_in_the_zone_unless_an_offset_follows(monkeypatch, text, zone,
     assert perfdb.parse_time(text) == moment
 
 
-@pytest.mark.parametrize("text", ["2026-03-01", "2026-03-01T00:00:00", "2026-13-01 00:00:00", "2026-03-01 24:00:01",
+@pytest.mark.parametrize("text", ["2026-03-01", "2026-13-01 00:00:00", "2026-03-01 24:00:01",
                                   "0001-01-01 00:00:00+14:00", "٢٠٢٦-03-01 00:00:00", "2026-03-01 00:00:00+25:00"])
 def test_other_texts_are_no_times(text):
     with pytest.raises((ValueError, OverflowError)):
