@@ -13,6 +13,7 @@ from jobs import JOB_TYPES, parameter_problems
 from life import CANCEL_SQL, RETRY_SQL, STATE_SQL
 from parameters import (
     JobRequestError,
+    check_schema,
     explain_parameters,
     period_problems,
     schema_problems,
@@ -21,6 +22,16 @@ from perfdb import clean, query
 
 TYPE_SQL = "SELECT id, parameters_schema FROM job_types WHERE name = %s"
 TYPE_NAMES_SQL = "SELECT name FROM job_types ORDER BY name"
+
+CHANGED_TYPES_SQL = """
+SELECT known.name
+  FROM jsonb_to_recordset(%(types)s) AS known(name text, description text, parameters_schema jsonb)
+ WHERE NOT EXISTS (
+         SELECT FROM job_types t
+          WHERE t.name = known.name
+            AND t.description = known.description
+            AND t.parameters_schema = known.parameters_schema)
+"""
 
 # A schema is written by whoever knows the type; the limits are the operator's and are left alone.
 # No ON CONFLICT alone: it would use up an id at every start of every handler.
@@ -63,11 +74,20 @@ SELECT id
 
 
 def write_types(connection: psycopg.Connection, names: Sequence[str] | None = None) -> None:
-    """Write the job types this process knows (or those `names`), with their schemas, to job_types."""
+    """Write the job types this process knows (or those `names`), with their schemas, to job_types.
+
+    Nothing is written, and no schema checked, where the table has it all. Raise `ValueError` if a
+    schema that is to be written is none.
+    """
     types = [{"name": name, "description": (JOB_TYPES[name].__doc__ or "").strip().partition("\n")[0],
               "parameters_schema": dict(JOB_TYPES[name]._parameters_schema)}
              for name in (JOB_TYPES if names is None else names)]
-    connection.execute(WRITE_TYPES_SQL, {"types": Jsonb(types)})
+    changed = {name for (name,) in query(connection, CHANGED_TYPES_SQL, {"types": Jsonb(types)})}
+    for name in changed:
+        check_schema(JOB_TYPES[name]._parameters_schema, name)
+    if changed:
+        connection.execute(WRITE_TYPES_SQL, {
+            "types": Jsonb([one for one in types if one["name"] in changed])})
 
 
 def create_job(connection: psycopg.Connection, type_name: str, parameters: dict[str, Any],

@@ -30,6 +30,7 @@ from psycopg.rows import dict_row
 import control
 import handler
 import schedules
+from parameters import parse as parse_parameters
 from perfdb import connect, connect_plainly, parse_time, query
 from tables import duration, print_json, table, text
 
@@ -80,11 +81,9 @@ def read_parameters(args: argparse.Namespace) -> dict[str, Any]:
             source = sys.stdin.read()
         elif source.startswith("@"):
             source = Path(source[1:]).read_text()
-        parameters = json.loads(source)
-    except OSError as exc:
+    except (OSError, UnicodeDecodeError) as exc:
         raise Refused(f"cannot read the parameters: {exc}") from None
-    except ValueError as exc:
-        raise Refused(f"the parameters are not JSON: {exc}") from None
+    parameters = parse_parameters(source)
     for option in args.parameter:
         name, typed, value = option.partition(":=") if ":=" in option.split("=")[0] + "=" else option.partition("=")
         if not typed:
@@ -93,7 +92,7 @@ def read_parameters(args: argparse.Namespace) -> dict[str, Any]:
             parameters[name] = json.loads(value) if typed == ":=" else value
         except ValueError as exc:
             raise Refused(f"-p {option!r}: what follows := is not JSON: {exc}") from None
-    return parameters
+    return parse_parameters(json.dumps(parameters))
 
 
 # The newest ids first, and only then the counting of steps: for the jobs shown, not for all.

@@ -273,7 +273,7 @@ PROBE_SECONDS = 2.0  # a pooler that lets us wait for a second session gave us a
 
 
 def sessions_are_shared(connection: psycopg.Connection, other: psycopg.Connection) -> bool:
-    """Whether a pooler gives the two the same server session in turn; `other` is to be closed then.
+    """Whether a pooler gives the two the same server session in turn; close `other` then.
 
     A session of our own keeps its process, and nobody else ever sees that process.
     """

@@ -105,7 +105,7 @@ def test_create_with_everything(ctl, conn):
     (["Alarm", "{}"], "there is no job type 'Alarm'; known: 'Alarm Calculation'"),
     (["Alarm Calculation", "{}"], "$: 'object_names' is a required property"),
     (["Alarm Calculation", '{"start": 1'], "the parameters are not JSON: Expecting ',' delimiter: line 1 column 12"),
-    (["Alarm Calculation", "[]"], "$: [] is not of type 'object'"),
+    (["Alarm Calculation", "[]"], "the parameters are []; write a JSON object"),
     (["Alarm Calculation", "@/no/such/file"], "cannot read the parameters"),
     (["Alarm Calculation", "-p", "start"], "write key=value for a string or key:=json"),
     (["Alarm Calculation", "-p", "start:=x"], "what follows := is not JSON"),
