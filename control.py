@@ -10,7 +10,7 @@ import psycopg
 from psycopg.types.json import Jsonb
 
 from jobs import JOB_TYPES, parameter_problems
-from life import CANCEL_SQL, RETRY_SQL, STATE_SQL
+from life import CANCEL_IN_HAND_SQL, CANCEL_WAITING_SQL, RETRY_SQL, STATE_SQL
 from parameters import (
     JobRequestError,
     check_schema,
@@ -61,6 +61,7 @@ SELECT %(type_id)s, %(description)s, p.parameters, %(priority)s, COALESCE(%(run_
   FROM jsonb_array_elements(%(parameters)s) WITH ORDINALITY AS p(parameters, n)
  ORDER BY n
 ON CONFLICT (unique_key) WHERE unique_key IS NOT NULL AND state IN ('Created', 'Queued', 'Running')
+                              AND cancel_requested IS NULL
    DO NOTHING
 RETURNING id
 """
@@ -70,6 +71,7 @@ SELECT id
   FROM job_instances
  WHERE unique_key = %(unique_key)s
    AND state IN ('Created', 'Queued', 'Running')
+   AND cancel_requested IS NULL
 """
 
 
@@ -146,30 +148,39 @@ def unknown_type(connection: psycopg.Connection, type_name: str) -> str:
 def cancel_job(connection: psycopg.Connection, job_id: int, reason: str = "") -> str:
     """Cancel an unfinished job and return its state: Failed at once, or what it is until its next step.
 
-    Raise `ValueError` if there is no such job or it has ended.
+    Whatever happens to it then, it ends Failed with this reason. Raise `ValueError` if there is no
+    such job or it has ended.
     """
-    params = {"job_id": job_id, "comment": clean(f"Cancelled: {reason or 'no reason given'}")}
-    return _change(connection, CANCEL_SQL, params, "cancelled", "only an unfinished job can be")
+    params = {"job_id": job_id,
+              "comment": clean(f"Cancelled: {reason or 'no reason given'}", connection)}
+    while True:
+        for sql in (CANCEL_WAITING_SQL, CANCEL_IN_HAND_SQL):
+            if rows := query(connection, sql, params):
+                return rows[0][0]
+        state = _state(connection, job_id)
+        if state in ("Finished", "Failed"):
+            raise ValueError(f"job {job_id} cannot be cancelled: it is {state}; "
+                             "only an unfinished job can be")
+        # It was claimed or put back between the two: ask again.
 
 
 def retry_job(connection: psycopg.Connection, job_id: int, every_step: bool = False) -> str:
     """Have the Failed steps of a job run again (or `every_step`) and return its new state.
 
-    Raise `ValueError` if there is no such job, it has not ended, no step of it failed, or another
-    unfinished job has its unique_key.
+    It has all its attempts again. Raise `ValueError` if there is no such job, it has not ended, or
+    another unfinished job has its unique_key.
     """
-    params = {"job_id": job_id, "all": every_step}
     try:
-        return _change(connection, RETRY_SQL, params, "retried",
-                       "only a Failed job can be, or with --all a Finished one")
+        if rows := query(connection, RETRY_SQL, {"job_id": job_id, "all": every_step}):
+            return rows[0][0]
     except psycopg.errors.UniqueViolation:
-        raise ValueError(f"job {job_id} cannot be retried now: another unfinished job has its unique_key; "
-                         "cancel that one or wait for it") from None
+        raise ValueError(f"job {job_id} cannot be retried now: another unfinished job has its "
+                         "unique_key; cancel that one or wait for it") from None
+    raise ValueError(f"job {job_id} cannot be retried: it is {_state(connection, job_id)}; "
+                     "only a Failed job can be, or with --all a Finished one")
 
 
-def _change(connection: psycopg.Connection, sql: str, params: dict[str, Any], done: str, rule: str) -> str:
-    if rows := query(connection, sql, params):
+def _state(connection: psycopg.Connection, job_id: int) -> str:
+    if rows := query(connection, STATE_SQL, {"job_id": job_id}):
         return rows[0][0]
-    if rows := query(connection, STATE_SQL, params):
-        raise ValueError(f"job {params['job_id']} cannot be {done}: it is {rows[0][0]}; {rule}")
-    raise ValueError(f"there is no job {params['job_id']} in job_instances")
+    raise ValueError(f"there is no job {job_id} in job_instances")

@@ -18,6 +18,7 @@ import importlib
 import logging
 import os
 import random
+import re
 import select
 import signal
 import sys
@@ -27,51 +28,87 @@ from typing import Any
 
 import psycopg
 
+import claims
 import control
 import jobs
+import life
+import perfdb
 import schedules
-from worker import Worker, end_overrun, recover, use_worker
+import worker
 
 log = logging.getLogger("handler")
 
-# The job files. A new job type is one file and its name here (or --module NAME).
+# The job files. A new job type is one file and its name here, in $PERFDB_MODULES (which survives an
+# upgrade of these files), or after --module.
 JOB_MODULES = ["alarm_calc", "baze_tag_delete", "baze_insert_alloc"]
 
 OK, JOBS_FAILED, USAGE, NO_DATABASE = 0, 1, 2, 3  # exit status; 2 is argparse's
 
-LOOK_AFTER_SECONDS = 1.0   # how often a worker looks for what dead workers left
-RECONNECT_SECONDS = 5.0    # longest wait between two tries to reach a lost database
-CONNECT_TRIES = 4          # at the start, and in --once also later
+LOOK_SECONDS = 1.5           # how often a worker looks for what there is to do beside jobs ...
+LOOKS_PER_SECOND = 20        # ... but all workers together not oftener than so
+OVERRUN_SECONDS = 10.0       # how often it looks for workers that hang
+LONGEST_WAIT_SECONDS = 30.0  # between two tries after the database failed us
+TRIES = 6                    # --once: so often, which is some seconds, before it gives up
+REPEAT_SECONDS = 300.0       # a line that says the same again is logged at most so often
 
 
 class Unavailable(Exception):
-    """The database cannot be reached or lacks the tables; the text says what to do."""
+    """The database cannot be reached or lacks what is needed; the text says what to do."""
 
 
-class JobHandler:
+# One look instead of four: nothing is written, so an idle worker uses no transaction id.
+LOOK_SQL = f"""
+WITH {worker.HELD_CTE}
+SELECT {worker.ANY_DEAD}, {schedules.ANY_DUE},
+       (SELECT count(*) FROM job_workers)
+"""  # noqa: S608
+
+
+class JobHandler(worker.Alone):
     """Finds due jobs and runs them, one after the other, in this process.
 
     `types`: names of the job types to run, None: all that are known here. `limit`: at most so many
-    jobs, None: no limit; a `multiprocessing.Value` shares one limit among processes.
+    jobs, None: no limit; a `multiprocessing.Value` shares one limit among processes. `parent`: the
+    process to stop with, None: none.
     """
 
-    def __init__(self, dsn: str | None = None, *, types: Sequence[str] | None = None, once: bool = False,
-                 limit: Any = None, poll: float = 5.0, with_tests: bool = False) -> None:
+    def __init__(self, dsn: str | None = None, *, types: Sequence[str] | None = None,
+                 once: bool = False, limit: Any = None, poll: float = 5.0,
+                 with_tests: bool = False, parent: int | None = None) -> None:
         self.dsn = dsn
         self.types = list(jobs.JOB_TYPES if types is None else types)
+        self.claims = claims.Wanted.of(self.types, with_tests)
         self.once = once
         self.limit = limit
         self.poll = poll
         self.with_tests = with_tests
+        self.parent = parent
         self.failed = 0  # jobs that ended Failed
-        self.worker: Worker | None = None
-        self.second_signal_kills = True
+        self.worker: worker.Worker | None = None
+        self.second_signal_kills = parent is None
         self._signals = 0
-        self._parent = os.getppid()
+        self._setbacks = 0  # turns in a row that the database did not let us finish
+        self._blames = False  # whether the last of them may be the fault of what we have in hand
+        self._said: dict[str, tuple[str, float]] = {}  # duty -> what was logged of it last, and when
         self._introduced = False
         self._woken = False
-        self._looked_after = float("-inf")
+        self._look_at = self._overruns_at = 0.0
         self._wakeup, self._wakeup_end = os.pipe()  # a signal writes to it and so ends a wait
+
+    # Directions to the worker.
+
+    def stopping(self) -> bool:
+        """Whether to stop before the next step: a signal came, or the parent process is gone."""
+        return bool(self._signals) or (self.parent is not None and os.getppid() != self.parent)
+
+    def wanted(self) -> claims.Wanted | None:
+        """Which job to claim with the end of one; with a limit each is claimed on its own."""
+        return None if self.stopping() or self.limit is not None else self.claims
+
+    def stop(self, signum: int, _frame: Any) -> None:
+        self._signals += 1
+        if self._signals > 1 and self.second_signal_kills:
+            os._exit(128 + signum)  # the connection dies with us, and the job is found at once
 
     # Starting and stopping.
 
@@ -80,60 +117,58 @@ class JobHandler:
         os.set_blocking(self._wakeup_end, False)
         signal.set_wakeup_fd(self._wakeup_end, warn_on_full_buffer=False)
         try:
-            self._start()
             self._loop()
         except ValueError as exc:
             log.error("%s", exc)
             return USAGE
-        except Unavailable as exc:
+        except (Unavailable, perfdb.UnfitDatabase) as exc:
             log.error("%s", exc)
-            return NO_DATABASE
-        except psycopg.Error as exc:
-            log.error("the database refuses what the handler needs: %s", str(exc).strip())
             return NO_DATABASE
         finally:
             if self.worker:
                 self.worker.close()
-                use_worker(None)
+                jobs.use_worker(None)
             signal.set_wakeup_fd(-1)
             os.close(self._wakeup)
             os.close(self._wakeup_end)
-        return JOBS_FAILED if self.failed else OK
+        return JOBS_FAILED if self.failed and (self.once or not self._signals) else OK
 
     def _loop(self) -> None:
-        setbacks = 0  # turns in a row that the database did not let us finish
+        """One job after the other. Whatever the database does in between, it is tried again."""
+        job = None  # claimed with the end of the last one
         while not self.stopping():
             try:
-                if not self._introduced:
-                    self._introduce()
-                if not self._turn():
+                self._be_there()
+                self._look_after()
+                if job := job or self._claim():
+                    job = self._run_job(job)
+                elif self.once or not self._left():
                     return
-                setbacks = 0
-            except psycopg.OperationalError as exc:
-                setbacks += 1
-                if self.once and setbacks == CONNECT_TRIES:
-                    raise Unavailable(f"the database failed {setbacks} times in a row: {exc}") from None
-                self._reconnect(exc)
+                else:
+                    self._wait()
+                self._setbacks = 0
+            except psycopg.Error as exc:
+                job = None  # it is put back with whatever else was in hand
+                self._set_back(exc)
+        if job:
+            life.release(self.worker, job)
 
-    def stopping(self) -> bool:
-        """Whether to stop before the next step: a signal came, or the parent process is gone."""
-        return bool(self._signals) or os.getppid() != self._parent
-
-    def stop(self, signum: int, _frame: Any) -> None:
-        self._signals += 1
-        if self._signals > 1 and self.second_signal_kills:
-            os._exit(128 + signum)  # the connection dies with us, and the job is found at once
-
-    def _start(self) -> None:
-        """Connect and take an id."""
-        self.worker = self._try(lambda: Worker(self.dsn), CONNECT_TRIES)
-        self.worker.stopping = self.stopping
-        self.worker.begin_at_once = True
-        use_worker(self.worker)
+    def _be_there(self) -> None:
+        """See to it that there is a connection, nothing left in hand of it, and that we are known."""
+        if self.worker is None:
+            self.worker = worker.Worker(self.dsn, self)
+        elif self.worker.connection.closed:
+            self._introduced = False
+            self.worker.reconnect()
+            log.warning("worker=%d is back", self.worker.id)
+        elif self._setbacks:
+            worker.put_back(self.worker, blame=self._blames)
+        if not self._introduced:
+            self._introduce()
 
     def _introduce(self) -> None:
         """Say on a new connection which types we know, and listen for new jobs."""
-        control.write_types(self.worker.connection, self.types)
+        self._housekeep("types", lambda: control.write_types(self.worker.connection, self.types))
         if not self.once:
             self.worker.connection.add_notify_handler(self._wake)
             self.worker.connection.execute("LISTEN job_instances")
@@ -142,66 +177,47 @@ class JobHandler:
     def _wake(self, _notify: Any) -> None:
         self._woken = True
 
-    def _try(self, connect: Any, tries: int | None) -> Any:
-        """Return what `connect` returns; back off and try again, `tries` times or for ever."""
-        wait = 0.1
-        for left in (iter(lambda: 1, 0) if tries is None else range(tries - 1, -1, -1)):
-            try:
-                return connect()
-            except psycopg.errors.UndefinedTable:
-                raise Unavailable("the tables are missing: run `python jobctl.py init`") from None
-            except psycopg.OperationalError as exc:
-                if not left or self.stopping():
-                    raise Unavailable(f"cannot reach the database: {str(exc).strip()}\n"
-                                      "  set PERFDB_DSN, give --dsn, or start the server") from None
-            self._sleep(wait * random.uniform(0.5, 1))
-            wait = min(2 * wait, RECONNECT_SECONDS)
+    def _set_back(self, exc: psycopg.Error) -> None:
+        """Wait a while after an error of the database, the longer the more there were in a row."""
+        self._setbacks += 1
+        self._blames = not perfdb.is_passing(exc)
+        if text := self._hopeless(exc):
+            raise Unavailable(text) from None
+        self._say("database", f"the database failed, trying again: {str(exc).strip()}")
+        if self.worker and self._blames and self._setbacks > 2:
+            # What we have in hand can be neither ended nor put back: leave it to recovery, which
+            # goes on without it, and go on ourselves under another id.
+            self.worker.connection.close()
+            self.worker, self._introduced = None, False
+        wait = min(0.2 * 2 ** (self._setbacks - 1), LONGEST_WAIT_SECONDS)
+        self._sleep(random.uniform(wait / 2, wait))  # not all at once
 
-    def _reconnect(self, exc: psycopg.Error) -> None:
-        log.warning("worker=%d lost the database, trying again: %s", self.worker.id, str(exc).strip())
-        self._sleep(random.uniform(0, 0.2))  # not all at once
-        self._introduced = False
-        self._try(self.worker.reconnect, CONNECT_TRIES if self.once else None)
-        log.warning("worker=%d is back", self.worker.id)
+    def _hopeless(self, exc: psycopg.Error) -> str:
+        """Return why no further try can help, '' if one may."""
+        text = str(exc).strip()
+        if isinstance(exc, psycopg.errors.UndefinedTable):
+            return "the tables are missing: run `python jobctl.py init`"
+        if isinstance(exc, psycopg.errors.UndefinedColumn | psycopg.errors.UndefinedFunction):
+            return (f"the tables are older than these files ({text.splitlines()[0]}): "
+                    "run `python jobctl.py init`")
+        if isinstance(exc, psycopg.errors.InsufficientPrivilege):
+            return f"the database refuses what the handler needs: {text}"
+        if self._setbacks < TRIES or not (self.once or (self.worker is None and refuses(self.dsn))):
+            return ""
+        return (f"cannot reach the database, {TRIES} tries: {text}\n"
+                "  set PERFDB_DSN, give --dsn, or start the server")
 
     # Working.
 
-    def _turn(self) -> bool:
-        """Run one job, or wait for one; return False when there is no more to do."""
-        self._look_after()
-        if row := self.worker.claimed or self._claim():
-            self._run_job(row)
-        elif self.once or not self._left():
-            return False
-        else:
-            self._wait()
-        return True
-
-    def _look_after(self) -> bool:
-        """Recover what dead and hanging workers left, create what schedules owe; return whether there was any.
-
-        At most once in LOOK_AFTER_SECONDS, however often it is called. It is also when plans that were
-        made for smaller tables are given up.
-        """
-        now = time.monotonic()
-        if now - self._looked_after < LOOK_AFTER_SECONDS:
-            return False
-        if self._looked_after > 0:  # at the start there are no plans yet
-            self.worker.forget_plans()
-        self._looked_after = now
-        end_overrun(self.worker)
-        recovered = recover(self.worker)
-        return bool(schedules.create_due_jobs(self.worker.connection) or recovered)
-
-    def _claim(self) -> dict[str, Any] | None:
+    def _claim(self) -> claims.Job | None:
         self._woken = False  # whoever wakes us from here on deserves another look
         if not self._reserve():
             return None
-        self.worker.claimed = self.worker.claim(self.types, self.with_tests)
-        if self.worker.claimed is None and self.limit is not None:
+        job = claims.claim(self.worker, self.claims)
+        if job is None and self.limit is not None:
             with self.limit.get_lock():
                 self.limit.value += 1
-        return self.worker.claimed
+        return job
 
     def _left(self) -> bool:
         """Whether the limit allows another job."""
@@ -214,36 +230,90 @@ class JobHandler:
             self.limit.value -= (allowed := self.limit.value > 0)
         return allowed
 
-    def _run_job(self, row: dict[str, Any]) -> None:
-        """Run a claimed job to its end, whatever becomes of it; a lost connection is raised."""
+    def _run_job(self, job: claims.Job) -> claims.Job | None:
+        """Run a claimed job to its end, whatever becomes of it; return the next one if it was claimed.
+
+        Raise `psycopg.Error` if it is to be put back because the database failed.
+        """
         started = time.monotonic()
-        # With a limit the next job is claimed on its own, after a look at the limit.
-        self.worker.claim_at_end = (self.worker.claim_params(self.types, self.with_tests)
-                                    if self.limit is None else None)
         try:
-            job = jobs.JOB_TYPES[row["job_type"]](row["id"], skip_test=not self.with_tests)
-            self.worker.claimed = None
-            failed_steps = job.run()
+            # Claimed, so its description is all right.
+            instance = jobs.take_up(self.worker, job, skip_test=False)
+            failed_steps = instance.run()
         except jobs.JobTakenOver as exc:
-            log.warning("job=%d dropped: %s", row["id"], exc)
-        except Exception as exc:
+            log.warning("job=%d dropped: %s", job.id, exc)
+            return None
+        except (Exception, SystemExit, jobs.StepTimeout) as exc:
+            self._refuse(job, exc)
+            return None
+        self.failed += instance.state == "Failed"
+        log.log(logging.ERROR if instance.state == "Failed" else logging.INFO,
+                "job=%d type=%r state=%s steps=%d failed=%d seconds=%.3f", job.id, job.type_name,
+                instance.state, len(instance.job_step_ids or []), len(failed_steps),
+                time.monotonic() - started)
+        return instance.next_job
+
+    def _refuse(self, job: claims.Job, exc: BaseException) -> None:
+        """Fail a job that could not be taken up or run, unless it was the database that failed."""
+        if jobs.says_nothing_about_the_job(self.worker, exc):
+            raise exc if isinstance(exc, psycopg.Error) else psycopg.OperationalError(
+                f"the connection was lost in job {job.id}: {exc}") from exc
+        try:
+            jobs.refuse(self.worker, job.id, exc)
+            self.failed += 1
+        except jobs.JobTakenOver as gone:
+            log.warning("job=%d dropped: %s", job.id, gone)
+
+    # What is done beside jobs, and waiting.
+
+    def _look_after(self) -> bool:
+        """Do what dead and hanging workers and schedules leave to do; return whether there may be work.
+
+        At most once in LOOK_SECONDS, however often it is called; the more workers there are, the
+        seldomer each looks. What fails here fails alone: it is logged, and the jobs go on.
+        """
+        if (now := time.monotonic()) < self._look_at:
+            return False
+        self._look_at = now + LOOK_SECONDS
+        look = self._housekeep("look", lambda: perfdb.query(self.worker.connection, LOOK_SQL)[0])
+        dead, due, workers = look or (True, True, 1)
+        self._look_at = now + max(LOOK_SECONDS, workers / LOOKS_PER_SECOND)
+        if now >= self._overruns_at:
+            self._overruns_at = now + OVERRUN_SECONDS
+            dead = self._housekeep("overruns", lambda: worker.end_overrun(self.worker)) or dead
+        recovered = (dead and self._housekeep(
+            "recovery", lambda: worker.recover(self.worker))) or {}
+        self.failed += list(recovered.values()).count("Failed")
+        created = due and self._housekeep(
+            "schedules", lambda: schedules.create_due_jobs(self.worker.connection))
+        return bool(recovered or created)
+
+    def _housekeep(self, duty: str, do: Callable[[], Any]) -> Any:
+        """Return what `do` returns; None if the database refuses it, which is logged."""
+        try:
+            return do()
+        except (psycopg.Error, ValueError) as exc:
             if self.worker.connection.closed:
                 raise
-            if self.worker.claimed is row:  # the class failed before it looked at the job
-                self.worker.claimed = None
-            jobs.refuse(self.worker, row["id"], exc)  # unless that has been done
-            self.failed += 1
-        else:
-            self.failed += job.state == "Failed"
-            log.log(logging.ERROR if job.state == "Failed" else logging.INFO,
-                    "job=%d type=%r state=%s steps=%d failed=%d seconds=%.3f", job.job_id, job.name,
-                    job.state, len(job.job_step_ids or []), len(failed_steps), time.monotonic() - started)
+            self._say(duty, f"{duty}: failed, the jobs go on: {str(exc).strip()}")
+            return None
+
+    def _say(self, duty: str, text: str) -> None:
+        """Log a warning when what is wrong has changed, else at most once in REPEAT_SECONDS."""
+        gist, now = re.sub(r"\d+", "0", text), time.monotonic()
+        last, at = self._said.get(duty, ("", 0.0))
+        if gist != last or now - at > REPEAT_SECONDS:
+            self._said[duty] = gist, now
+            log.warning("%s", text)
 
     def _wait(self) -> None:
         """Sleep until there may be work: a NOTIFY, an orphan, a signal, or `poll` seconds."""
         until = time.monotonic() + self.poll
-        while not (self._woken or self.stopping() or (left := until - time.monotonic()) <= 0):
-            if self._sleep(min(left, LOOK_AFTER_SECONDS), self.worker.connection.fileno()):
+        while not (self._woken or self.stopping()):
+            now = time.monotonic()
+            if now >= until:
+                return
+            if self._sleep(max(0.0, min(until, self._look_at) - now), self.worker.connection.fileno()):
                 return  # a NOTIFY, or the end of the connection: the next statement will tell
             if self._look_after():
                 return
@@ -256,10 +326,19 @@ class JobHandler:
         return any(file in ready for file in files)
 
 
+def refuses(dsn: str | None) -> bool:
+    """Whether there is a server that takes connections, only not ours; one that starts up does not."""
+    conninfo = (dsn or os.environ.get("PERFDB_DSN") or "").encode()
+    return psycopg.pq.PGconn.ping(conninfo) == psycopg.pq.Ping.OK
+
+
+STOPS = (signal.SIGTERM, signal.SIGINT)
+
+
 class Pool:
     """Worker processes, each a JobHandler of its own; one that dies is replaced."""
 
-    def __init__(self, count: int, make_handler: Callable[[], JobHandler], once: bool) -> None:
+    def __init__(self, count: int, make_handler: Callable[[int], JobHandler], once: bool) -> None:
         self.count = count
         self.make_handler = make_handler
         self.once = once
@@ -267,31 +346,52 @@ class Pool:
         self._signals = 0
 
     def run(self) -> int:
-        """Run until all workers have ended; return the gravest of their exit statuses."""
-        for signum in (signal.SIGTERM, signal.SIGINT):
+        """Run until all workers have ended; return the gravest of their exit statuses.
+
+        Told to stop, a pool that runs for ever returns 0: what failed has been logged long ago.
+        """
+        for signum in STOPS:
             signal.signal(signum, self.stop)
         for _ in range(self.count):
-            self._fork()
+            self._start()
         statuses = {OK}
         while self.pids:
             pid, status = os.wait()
+            if pid not in self.pids:
+                continue  # as process 1 of a container one inherits strangers
             self.pids.discard(pid)
             if (code := os.waitstatus_to_exitcode(status)) >= 0:
                 statuses.add(code)
-            if not self._signals and (code < 0 or (not self.once and code != OK)):
-                log.warning("worker process %d ended with %d and is replaced", pid, code)
-                time.sleep(0 if code < 0 and self.once else 0.2)  # not in a tight loop
-                self._fork()
-        return max(statuses)
+            if code < 0 or (not self.once and code != OK):
+                self._replace(pid, code)
+        return OK if self._signals and not self.once else max(statuses)
 
-    def _fork(self) -> None:
-        """Start a worker; it leaves by os._exit and never returns here."""
-        if pid := os.fork():
-            self.pids.add(pid)
+    def _replace(self, pid: int, code: int) -> None:
+        if self._signals:
             return
+        log.warning("worker process %d ended with %d and is replaced", pid, code)
+        time.sleep(0 if code < 0 and self.once else 0.2)  # not in a tight loop
+        self._start()
+
+    def _start(self) -> None:
+        """Start a worker process, unless we are to stop.
+
+        Signals wait from before that look until the child is known here and can stop there, so none
+        is lost between them.
+        """
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+        if not self._signals:
+            parent = os.getpid()
+            if (pid := os.fork()) == 0:
+                self._work(parent)
+            self.pids.add(pid)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+
+    def _work(self, parent: int) -> None:
+        """Be a worker process: leave by os._exit and never return."""
         status = NO_DATABASE
         try:
-            status = run_here(self.make_handler(), second_signal_kills=False)
+            status = run_here(self.make_handler(parent))
         except BaseException:
             log.exception("worker process %d failed", os.getpid())
         finally:
@@ -305,15 +405,15 @@ class Pool:
             os.kill(pid, signal.SIGTERM if self._signals == 1 else signal.SIGKILL)
 
 
-def run_here(handler: JobHandler, second_signal_kills: bool = True) -> int:
+def run_here(handler: JobHandler) -> int:
     """Run `handler` in this process, stopped by SIGTERM and SIGINT.
 
     In a pool a signal may come twice, from the pool and from the terminal or systemd: there the pool
     alone decides what is a second one.
     """
-    handler.second_signal_kills = second_signal_kills
-    for signum in (signal.SIGTERM, signal.SIGINT):
+    for signum in STOPS:
         signal.signal(signum, handler.stop)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     return handler.run()
 
 
@@ -337,9 +437,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
                         help="log each job; twice: each step too")
     args = parser.parse_args(argv)
     try:
-        load_modules([*JOB_MODULES, *args.module])
+        load_modules(args.module)
     except ImportError as exc:
-        parser.error(f"--module: {exc}; give the name of a .py file beside handler.py or on PYTHONPATH")
+        parser.error(f"{exc}\n  --module and PERFDB_MODULES take names of .py files beside handler.py "
+                     "or on PYTHONPATH")
     if unknown := set(args.type or ()) - set(jobs.JOB_TYPES):
         parser.error(f"--type: unknown {', '.join(map(repr, sorted(unknown)))}; "
                      f"known: {', '.join(map(repr, jobs.JOB_TYPES))}")
@@ -362,11 +463,21 @@ def seconds(text: str) -> float:
     return value
 
 
-def load_modules(names: Sequence[str]) -> None:
-    """Import the job files, which registers their job types."""
+def load_modules(names: Sequence[str] = ()) -> None:
+    """Import our job files, those of $PERFDB_MODULES and `names`, which registers their types.
+
+    Raise `ImportError` naming the module that cannot be imported. One that registers no type is
+    said to do so.
+    """
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-    for name in names:
-        importlib.import_module(name)
+    given = re.split(r"[\s,]+", os.environ.get("PERFDB_MODULES", ""))
+    for name in [*JOB_MODULES, *filter(None, given), *names]:
+        try:
+            module = importlib.import_module(name.removesuffix(".py"))
+        except Exception as exc:
+            raise ImportError(f"module {name!r} cannot be loaded: {type(exc).__name__}: {exc}") from exc
+        if not any(job_type.__module__ == module.__name__ for job_type in jobs.JOB_TYPES.values()):
+            log.warning("module %r registers no job type: a subclass of JobInstance needs a _name", name)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -379,9 +490,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         import multiprocessing
         limit = multiprocessing.Value("l", args.limit)
 
-    def make_handler() -> JobHandler:
+    def make_handler(parent: int | None = None) -> JobHandler:
         return JobHandler(args.dsn, types=args.type, once=args.once, limit=limit,
-                          poll=args.poll, with_tests=args.with_tests)
+                          poll=args.poll, with_tests=args.with_tests, parent=parent)
 
     if args.workers == 1:
         return run_here(make_handler())

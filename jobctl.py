@@ -422,7 +422,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        handler.load_modules([*handler.JOB_MODULES, *args.module])
+        handler.load_modules(args.module)
     except ImportError as exc:
         parser.error(f"--module: {exc}; give the name of a .py file beside jobctl.py or on PYTHONPATH")
     return args

@@ -1,103 +1,94 @@
-"""The changes of state of a job and of its steps: one statement per arrow in the head of schema.sql.
+"""The changes of state of a job and of its steps: one statement and one function per arrow.
 
-Two rules hold everywhere:
-- one state change is one statement; a step's end and the next one's begin, or the job's end and
-  the claim of the next job, are the same statement, because commits decide the speed;
-- every write to a job or its steps matches `worker_id`. A write that matches no row means that the
-  job was taken over (`JobTakenOver`), and the worker leaves it alone from then on.
+The arrows and their order are those in the head of schema.sql. Three rules hold everywhere:
+- one state change is one statement; a step's end and the next one's begin are the same statement,
+  the job's end and the claim of the next job go out together, because commits decide the speed;
+- every write of a worker matches `worker_id`. A write that matches no row means that the job was
+  taken over (`JobTakenOver`), and the worker leaves it alone from then on;
+- every statement of a worker that writes a job's state passes over a job somebody has cancelled:
+  CANCELLED_SQL ends that one instead, so an accepted cancel wins whatever else happens.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from claims import CLAIM_SQL, Job, Wanted, read
+
+if TYPE_CHECKING:
+    from worker import Worker
 
 
 class JobTakenOver(RuntimeError):
     """The job belongs to another worker by now; nothing more of it may be written here."""
 
 
-# The most urgent job that is due, of a type we know and that may have one more running.
-# SKIP LOCKED: two workers asking at once get two different rows, neither waits; who then updates the
-# row needs no second look, because it is locked and was checked again when the lock was granted.
-# The types come first, as an array, so that the jobs are read in the order of job_instances_free_idx
-# and reading stops at the first that fits: a join would sort them all.
-CANDIDATE_CTE = """
-candidate AS (
-    SELECT id
-      FROM job_instances
-     WHERE state IN ('Created', 'Queued')
-       AND worker_id IS NULL
-       AND run_after <= now()
-       AND job_type_id = ANY(ARRAY(
-               SELECT id
-                 FROM job_types
-                WHERE %(types)s::jsonb ? name
-                  AND (max_running IS NULL OR job_type_has_room(id, max_running))))
-       AND (%(with_tests)s OR description NOT ILIKE '%%test%%')
-     ORDER BY priority DESC, id
-     LIMIT 1
-       FOR UPDATE SKIP LOCKED
-)"""
+@dataclass(frozen=True, slots=True)
+class StepEnd:
+    """How a step ended; without values: no step was running."""
 
-#: what a worker knows of the job it has (see `as_job`), of a job j and its type t
-JOB_COLUMNS = """j.id, j.state, j.description, j.parameters, j.attempts, j.worker_id,
-       t.name AS job_type, t.max_attempts, t.step_timeout"""
+    state: str | None = None  # Finished or Failed
+    comment: str | None = None
+    result: str | None = None  # JSON text
 
-# Not waiting for the disk: a claim that a crash of the server forgets leaves the job free, as it was.
-CLAIM_SQL = f"""
-WITH {CANDIDATE_CTE}
-UPDATE job_instances j
-   SET worker_id = %(worker_id)s
-  FROM candidate, job_types t
- WHERE j.id = candidate.id
-   AND t.id = j.job_type_id
-RETURNING {JOB_COLUMNS}, set_config('synchronous_commit', 'off', true)
-"""  # noqa: S608
+    def values(self) -> dict[str, Any]:
+        return {"step_state": self.state, "step_comment": self.comment, "step_result": self.result}
 
 
-def as_job(row: tuple[Any, ...]) -> dict[str, Any]:
-    """Return a row that begins with `JOB_COLUMNS` as a dict by their names."""
-    names = ("id", "state", "description", "parameters", "attempts", "worker_id",
-             "job_type", "max_attempts", "step_timeout")
-    return dict(zip(names, row, strict=False))
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a change has left: the job's state, and the next job if one was claimed with it."""
+
+    state: str
+    next_job: Job | None = None
 
 
-READ_SQL = f"""
-SELECT {JOB_COLUMNS}
-  FROM job_instances j
-  JOIN job_types t ON t.id = j.job_type_id
- WHERE j.id = %(job_id)s
-"""  # noqa: S608
+NO_STEP = StepEnd()
 
+# ------------------------------------------------------------- in hand -> free
 
-MANY_STEPS = 1000  # of a job: NEXT_SQL must not be run by a plan for a small table
-
-STEPS_SQL = """
-SELECT id, name, object_id, alarm_id, feature_id, parameters, attempts, state
-  FROM job_steps
- WHERE job_instance_id = %(job_id)s
- ORDER BY position
+RELEASE_SQL = """
+UPDATE job_instances
+   SET worker_id = NULL
+ WHERE id = %(job_id)s
+   AND worker_id = %(worker_id)s
+   AND state IN ('Created', 'Queued')
+   AND cancel_requested IS NULL
+RETURNING state
 """
 
 
-# The steps and the state Queued in one statement; with begin, which the handler asks for, the job's and
-# its first step's Running as well, since nothing would happen in between. Not waiting for the disk: if a
-# crash of the server forgets it, the job is Created as before, and no work has been recorded without it.
+def release(worker: Worker, job: Job) -> Outcome:
+    """Give a claimed job back that was not begun."""
+    return _leave(worker, job.id, RELEASE_SQL, {})
+
+
+# ------------------------------------------------------------------- Created -> Queued, Running
+
+# The steps and the state Queued in one statement; with begin, which the handler asks for, the job's
+# and its first step's Running as well, since nothing would happen in between. A cancelled job stays
+# Queued: what ends it is told how many steps there were. Not waiting for the disk: if a crash of the
+# server forgets it, the job is Created as before, and no work has been recorded without it.
+# attempts counted the deaths of workers that took the job up (see worker.py); that is over.
 QUEUE_SQL = """
 WITH job AS (
     UPDATE job_instances
-       SET state     = CASE WHEN %(begin)s AND cancel_requested IS NULL THEN 'Running' ELSE 'Queued' END,
-           started   = CASE WHEN %(begin)s AND cancel_requested IS NULL THEN clock_timestamp() END,
-           comment   = CASE WHEN %(begin)s AND cancel_requested IS NULL THEN NULL ELSE comment END,
-           last_state_change = clock_timestamp(),
-           worker_id = %(worker_id)s
+       SET state     = CASE WHEN %(begin)s AND cancel_requested IS NULL
+                            THEN 'Running' ELSE 'Queued' END,
+           started   = CASE WHEN %(begin)s AND cancel_requested IS NULL
+                            THEN clock_timestamp() END,
+           comment   = CASE WHEN cancel_requested IS NOT NULL THEN comment END,
+           attempts  = 0,
+           last_state_change = clock_timestamp()
      WHERE id = %(job_id)s
+       AND worker_id = %(worker_id)s
        AND state = 'Created'
-       AND (worker_id IS NULL OR worker_id = %(worker_id)s)
     RETURNING id, state, started
 ), step AS (
-    INSERT INTO job_steps (job_instance_id, position, name, object_id, alarm_id, feature_id, parameters,
-                           state, started, attempts)
+    INSERT INTO job_steps (job_instance_id, position, name, object_id, alarm_id, feature_id,
+                           parameters, state, started, attempts)
     SELECT job.id, position, COALESCE(s.name, 'step ' || position),
            s.object_id, s.alarm_id, s.feature_id, COALESCE(s.parameters, '{}'),
            CASE WHEN position = 1 AND job.state = 'Running' THEN 'Running' ELSE 'Created' END,
@@ -110,30 +101,64 @@ WITH job AS (
     RETURNING id
 )
 SELECT state, ARRAY(SELECT id FROM step),
-       CASE WHEN state = 'Running' THEN set_config('application_name', %(application_name)s, false) END,
+       CASE WHEN state = 'Running'
+            THEN set_config('application_name', %(application_name)s, false) END,
        set_config('synchronous_commit', 'off', true)
   FROM job
 """
 
-# Usually a Created job whose request makes no sense; but whatever goes wrong in a job file, the job
-# ends here and is not left Running in the hands of a worker that has given it up.
-REFUSE_SQL = """
-WITH job AS (
-    UPDATE job_instances
-       SET state = 'Failed', finished = clock_timestamp(), comment = %(comment)s, worker_id = NULL
-     WHERE id = %(job_id)s
-       AND state IN ('Created', 'Queued', 'Running')
-       AND (worker_id = %(worker_id)s OR worker_id IS NULL AND state = 'Created')
-    RETURNING id
-), step AS (
+
+def queue(worker: Worker, job_id: int, steps: str, application_name: str,
+          begin: bool) -> tuple[str, list[int]]:
+    """Create the job's steps (a JSON array); return its new state and their ids in order."""
+    worker.name = application_name
+    row = worker.execute(QUEUE_SQL, _ids(worker, job_id) | {
+        "steps": steps, "begin": begin, "application_name": application_name}).fetchone()
+    if row is None:
+        raise JobTakenOver(f"job {job_id} was taken by another worker")
+    return row[0], sorted(row[1])
+
+
+# ---------------------------------------------------------------------------- Created -> Failed
+
+# Of the job whose row the CTE `job` has written: its running step ends, if there is one.
+ENDED_CTE = """
+ended AS (
     UPDATE job_steps s
-       SET state = 'Failed', finished = clock_timestamp(), comment = %(comment)s
+       SET state    = %(step_state)s,
+           finished = clock_timestamp(),
+           comment  = %(step_comment)s,
+           result   = %(step_result)s
       FROM job
      WHERE s.job_instance_id = job.id
        AND s.state = 'Running'
-)
-SELECT id FROM job
-"""
+)"""
+
+# Usually a Created job whose request makes no sense; but whatever goes wrong in a job file, the job
+# ends here and is not left Running in the hands of a worker that has given it up.
+REFUSE_SQL = f"""
+WITH job AS (
+    UPDATE job_instances
+       SET state     = 'Failed',
+           finished  = clock_timestamp(),
+           comment   = %(comment)s,
+           worker_id = NULL
+     WHERE id = %(job_id)s
+       AND worker_id = %(worker_id)s
+       AND state IN ('Created', 'Queued', 'Running')
+       AND cancel_requested IS NULL
+    RETURNING id, state
+), {ENDED_CTE}
+SELECT state FROM job
+"""  # noqa: S608
+
+
+def refuse(worker: Worker, job_id: int, comment: str) -> Outcome:
+    """Fail a job that cannot be turned into steps, or whose class goes wrong outside its steps."""
+    return _leave(worker, job_id, REFUSE_SQL, {"comment": comment}, StepEnd("Failed", comment))
+
+
+# ---------------------------------------------------------------------------- Queued -> Running
 
 # Not waiting for the disk: whatever the first step does is recorded by a commit that does wait, and
 # that one carries this one with it.
@@ -142,12 +167,13 @@ WITH job AS (
     UPDATE job_instances
        SET state   = 'Running',
            started = COALESCE(started, clock_timestamp()),
-           comment = CASE WHEN cancel_requested IS NOT NULL THEN comment END,
+           comment = NULL,
            last_state_change = clock_timestamp()
      WHERE id = %(job_id)s
        AND worker_id = %(worker_id)s
        AND state = 'Queued'
-    RETURNING id, cancel_requested
+       AND cancel_requested IS NULL
+    RETURNING id
 ), step AS (
     UPDATE job_steps s
        SET state    = 'Running',
@@ -158,127 +184,253 @@ WITH job AS (
            attempts = s.attempts + 1
       FROM job
      WHERE s.id = %(next_id)s
-       AND job.cancel_requested IS NULL
+       AND s.state = 'Created'
 )
-SELECT cancel_requested IS NOT NULL,
-       set_config('application_name', %(application_name)s, false),
+SELECT set_config('application_name', %(application_name)s, false),
        set_config('synchronous_commit', 'off', true)
   FROM job
 """
 
+
+def begin(worker: Worker, job_id: int, next_id: int | None, application_name: str) -> Outcome:
+    """Let the job and its first step be Running; Failed if it was cancelled.
+
+    Raise `ValueError` if the job is in no state to be run, `JobTakenOver` if it is not ours.
+    """
+    worker.name = application_name
+    if worker.execute(BEGIN_SQL, _ids(worker, job_id) | {
+            "next_id": next_id, "application_name": application_name}).fetchone():
+        return Outcome("Running")
+    if (job := read(worker, job_id)) and job.state != "Queued":
+        raise ValueError(f"job {job_id} is in state {job.state!r}, not 'Queued'")
+    return end_cancelled(worker, job_id, worker.id)
+
+
+# ---------------------------------------------------------------------------- Running -> Running
+
 # One step ends and the next begins: one statement, one commit, and at every moment the table says
-# which step is running. One UPDATE for both rows, because each further one costs a tenth of the whole.
-# Two rows written: go on; one: the job was cancelled; none: it was taken over.
-# No row lock on the job is needed: while this session lives, nobody can take the job over, since that
-# takes the lock this session holds; after a lost connection the new session looks at worker_id anew.
+# which step is running. One UPDATE for both rows, because each further one costs a tenth of the
+# whole. The ids that come back: both, go on; the first alone: the job was cancelled; none: it was
+# taken over. `was` keeps a recovery that came in between from being undone.
+# No row lock on the job is needed: while this session lives, nobody can take the job over, since
+# that takes the lock this session holds; after a lost connection worker_id is looked at anew.
 NEXT_SQL = """
 UPDATE job_steps s
-   SET state    = CASE s.id WHEN %(step_id)s THEN %(step_state)s ELSE 'Running' END,
-       finished = CASE s.id WHEN %(step_id)s THEN clock_timestamp() END,
-       comment  = CASE s.id WHEN %(step_id)s THEN %(step_comment)s END,
-       result   = CASE s.id WHEN %(step_id)s THEN %(step_result)s::jsonb END,
-       started  = CASE s.id WHEN %(step_id)s THEN s.started ELSE clock_timestamp() END,
-       attempts = CASE s.id WHEN %(step_id)s THEN s.attempts ELSE s.attempts + 1 END
-  FROM job_instances j
+   SET state    = new.state,
+       finished = new.finished,
+       comment  = new.comment,
+       result   = new.result,
+       started  = COALESCE(new.started, s.started),
+       attempts = s.attempts + new.begun
+  FROM job_instances j,
+       (VALUES (%(step_id)s::bigint, 'Running', %(step_state)s, clock_timestamp(),
+                NULL::timestamptz, %(step_comment)s, %(step_result)s::jsonb, 0),
+               (%(next_id)s, 'Created', 'Running', NULL, clock_timestamp(), NULL, NULL, 1)
+       ) AS new(id, was, state, finished, started, comment, result, begun)
  WHERE j.id = %(job_id)s
    AND j.worker_id = %(worker_id)s
    AND j.state = 'Running'
-   AND s.id IN (%(step_id)s, %(next_id)s)
-   AND (s.id = %(step_id)s OR j.cancel_requested IS NULL)
+   AND (j.cancel_requested IS NULL OR new.id = %(step_id)s)
+   AND s.id = new.id
+   AND s.state = new.was
+RETURNING s.id
 """
 
-# Of the job whose row the CTE `job` has written: its last step ends (step_id NULL: none was running).
-ENDED_CTE = """
-ended AS (
-    UPDATE job_steps s
-       SET state    = %(step_state)s,
-           finished = CASE WHEN %(step_state)s <> 'Created' THEN clock_timestamp() END,
-           attempts = CASE WHEN %(step_state)s <> 'Created' THEN s.attempts ELSE 0 END,
-           comment  = %(step_comment)s,
-           result   = %(step_result)s
-      FROM job
-     WHERE job.id = %(job_id)s
-       AND s.id = %(step_id)s
-)"""
 
-# The last step ends, and the job with it. again: the failed steps, and only they, wait for another
-# attempt; with the one that just failed, whose row ENDED_CTE writes.
+def end_step(worker: Worker, job_id: int, step_id: int, end: StepEnd, next_id: int) -> Outcome:
+    """End a step and begin the next one; Failed if the job was cancelled meanwhile."""
+    written = {row[0] for row in worker.execute(
+        NEXT_SQL, _ids(worker, job_id) | end.values() | {"step_id": step_id, "next_id": next_id})}
+    if step_id not in written:
+        raise JobTakenOver(f"job {job_id} was taken over; step {step_id} is not recorded")
+    return Outcome("Running") if next_id in written else end_cancelled(worker, job_id, worker.id)
+
+
+# ------------------------------------------------------------------ Running -> Finished, Failed
+
 END_SQL = f"""
 WITH job AS (
-    UPDATE job_instances j
+    UPDATE job_instances
        SET state     = %(state)s,
            comment   = %(comment)s,
-           attempts  = j.attempts + %(counted)s::int,
-           run_after = CASE WHEN %(again)s
-                            THEN now() + power(2, j.attempts) * (SELECT retry_delay FROM job_types t
-                                                                  WHERE t.id = j.job_type_id)
-                            ELSE j.run_after END,
-           started   = CASE WHEN NOT %(again)s THEN j.started END,
-           finished  = CASE WHEN %(state)s <> 'Queued' THEN clock_timestamp() END,
+           attempts  = attempts + 1,
+           finished  = clock_timestamp(),
            last_state_change = clock_timestamp(),
            worker_id = NULL
      WHERE id = %(job_id)s
        AND worker_id = %(worker_id)s
        AND state = 'Running'
-    RETURNING id
-), {ENDED_CTE}, again AS (
+       AND cancel_requested IS NULL
+    RETURNING id, state
+), {ENDED_CTE}
+SELECT state, set_config('application_name', %(application_name)s, false) FROM job
+"""  # noqa: S608
+
+
+def end(worker: Worker, job_id: int, step: StepEnd, state: str, comment: str | None) -> Outcome:
+    """End a job for good, its last step with it, and claim the next job if one is wanted."""
+    return _leave(worker, job_id, END_SQL, {"state": state, "comment": comment}, step,
+                  worker.directions.wanted())
+
+
+# ---------------------------------------------------------------------------- Running -> Queued
+
+# Its failed steps, and only they, wait for another attempt; the one that fails just now is still
+# Running in the snapshot. The wait doubles up to a day, or is the type's delay where that is longer.
+AGAIN_SQL = """
+WITH job AS (
+    UPDATE job_instances j
+       SET state     = 'Queued',
+           comment   = %(comment)s,
+           attempts  = j.attempts + 1,
+           run_after = now() + GREATEST(t.retry_delay, LEAST(
+                           power(2::float8, LEAST(j.attempts, 20)::float8) * t.retry_delay, interval '1 day')),
+           started   = NULL,
+           last_state_change = clock_timestamp(),
+           worker_id = NULL
+      FROM job_types t
+     WHERE j.id = %(job_id)s
+       AND j.worker_id = %(worker_id)s
+       AND j.state = 'Running'
+       AND j.cancel_requested IS NULL
+       AND t.id = j.job_type_id
+    RETURNING j.id, j.state
+), ended AS (
+    UPDATE job_steps s
+       SET state    = CASE %(step_state)s WHEN 'Finished' THEN 'Finished' ELSE 'Created' END,
+           finished = CASE %(step_state)s WHEN 'Finished' THEN clock_timestamp() END,
+           attempts = CASE %(step_state)s WHEN 'Finished' THEN s.attempts ELSE 0 END,
+           comment  = %(step_comment)s,
+           result   = %(step_result)s
+      FROM job
+     WHERE s.job_instance_id = job.id
+       AND s.state = 'Running'
+), again AS (
     UPDATE job_steps s
        SET state = 'Created', finished = NULL, attempts = 0
       FROM job
-     WHERE %(again)s
-       AND s.job_instance_id = job.id
+     WHERE s.job_instance_id = job.id
        AND s.state = 'Failed'
-       AND s.id IS DISTINCT FROM %(step_id)s
 )
-SELECT id, set_config('application_name', %(application_name)s, false) FROM job
-"""  # noqa: S608
-
-# The same for a job that has ended for good, and the claim of the next one with it: one UPDATE for
-# both rows, as in NEXT_SQL. Returns the ended job, if it was ours, and the claimed one, if there was any.
-END_AND_CLAIM_SQL = f"""
-WITH {CANDIDATE_CTE}, job AS (
-    UPDATE job_instances j
-       SET state     = CASE j.id WHEN %(job_id)s THEN %(state)s        ELSE j.state END,
-           comment   = CASE j.id WHEN %(job_id)s THEN %(comment)s      ELSE j.comment END,
-           attempts  = CASE j.id WHEN %(job_id)s THEN j.attempts + 1   ELSE j.attempts END,
-           finished  = CASE j.id WHEN %(job_id)s THEN clock_timestamp() END,
-           last_state_change = CASE j.id WHEN %(job_id)s THEN clock_timestamp() ELSE j.last_state_change END,
-           worker_id = CASE j.id WHEN %(job_id)s THEN NULL ELSE %(worker_id)s::bigint END
-     WHERE j.id IN (%(job_id)s, (SELECT id FROM candidate))
-       AND (j.id <> %(job_id)s OR j.worker_id = %(worker_id)s AND j.state = 'Running')
-    RETURNING j.id, j.state, j.description, CASE WHEN j.id <> %(job_id)s THEN j.parameters END AS parameters,
-              j.attempts, j.worker_id, j.job_type_id
-), {ENDED_CTE}
-SELECT {JOB_COLUMNS}, (SELECT set_config('application_name', %(application_name)s, false))
-  FROM job j
-  LEFT JOIN job_types t ON t.id = j.job_type_id AND j.id <> %(job_id)s
-"""  # noqa: S608
-
-# How a job ends whose next step was not begun: it was cancelled, and CANCEL_SQL wrote why.
-CANCELLED_SQL = """
-SELECT format('%%s, %%s of %%s steps not run', COALESCE(j.comment, 'Stopped: its next step is gone from job_steps'),
-              count(*) FILTER (WHERE s.state = 'Created'), count(s.id))
-  FROM job_instances j
-  LEFT JOIN job_steps s ON s.job_instance_id = j.id
- WHERE j.id = %(job_id)s
- GROUP BY j.id
+SELECT state, set_config('application_name', %(application_name)s, false) FROM job
 """
 
 
-# A job nobody has in hand is Failed at once; one that runs sees the request before its next step,
-# and adds to the comment how many steps were not run. The subquery counts them here likewise.
-CANCEL_SQL = """
+def try_again(worker: Worker, job_id: int, step: StepEnd, comment: str) -> Outcome:
+    """Put a job back whose failed steps are to run again, after the type's retry_delay."""
+    return _leave(worker, job_id, AGAIN_SQL, {"comment": comment}, step)
+
+
+HAND_BACK_SQL = f"""
+WITH job AS (
+    UPDATE job_instances
+       SET state     = 'Queued',
+           last_state_change = clock_timestamp(),
+           worker_id = NULL
+     WHERE id = %(job_id)s
+       AND worker_id = %(worker_id)s
+       AND state = 'Running'
+       AND cancel_requested IS NULL
+    RETURNING id, state
+), {ENDED_CTE}
+SELECT state, set_config('application_name', %(application_name)s, false) FROM job
+"""  # noqa: S608
+
+
+def hand_back(worker: Worker, job_id: int, step: StepEnd) -> Outcome:
+    """Put a job back between two steps; whoever claims it goes on with the next one."""
+    return _leave(worker, job_id, HAND_BACK_SQL, {}, step)
+
+
+# -------------------------------------------------------- whatever it was -> Failed, cancelled
+
+# The job is its worker's, or nobody's where recovery asks. CANCEL_SQL wrote the reason.
+CANCELLED_SQL = f"""
+WITH job AS (
+    UPDATE job_instances j
+       SET state     = 'Failed',
+           finished  = clock_timestamp(),
+           worker_id = NULL,
+           comment   = (
+               SELECT j.comment || ', ' || (count(*) FILTER (WHERE s.state = 'Created'))::text
+                                || ' of ' || count(*)::text || ' steps not run'
+                 FROM job_steps s
+                WHERE s.job_instance_id = j.id)
+     WHERE j.id = %(job_id)s
+       AND j.worker_id IS NOT DISTINCT FROM %(owner)s
+       AND j.state IN ('Created', 'Queued', 'Running')
+       AND j.cancel_requested IS NOT NULL
+    RETURNING j.id, j.state, j.comment
+), {ENDED_CTE}
+SELECT state, set_config('application_name', %(application_name)s, false) FROM job
+"""  # noqa: S608
+
+
+INTERRUPTED = StepEnd("Failed", "Interrupted, and then the job was cancelled")
+
+
+def end_cancelled(worker: Worker, job_id: int, owner: int | None,
+                  step: StepEnd = INTERRUPTED) -> Outcome:
+    """End a job of `owner` (None: nobody's) that was cancelled; raise `JobTakenOver` if it is not."""
+    if not worker.execute(CANCELLED_SQL, step.values() | {
+            "job_id": job_id, "owner": owner, "application_name": worker.idle_name}).fetchone():
+        raise JobTakenOver(f"job {job_id} was taken over; its end is not recorded")
+    return Outcome("Failed")
+
+
+def _leave(worker: Worker, job_id: int, sql: str, values: Mapping[str, Any],
+           step: StepEnd = NO_STEP, wanted: Wanted | None = None) -> Outcome:
+    """Carry out a change after which the worker no longer has the job."""
+    worker.name = worker.idle_name
+    values = _ids(worker, job_id) | values | step.values() | {"application_name": worker.idle_name}
+    if wanted is None:
+        row, claimed = worker.execute(sql, values, over=True).fetchone(), None
+    else:
+        row, claimed = worker.execute_both(sql, values, CLAIM_SQL, wanted.values(worker))
+    next_job = claimed and Job(*claimed[:-1])
+    if row:
+        return Outcome(row[0], next_job)
+    try:
+        step = step if step.state else INTERRUPTED
+        return Outcome(end_cancelled(worker, job_id, worker.id, step).state, next_job)
+    except JobTakenOver:
+        if next_job and not worker.connection.info.transaction_status:
+            release(worker, next_job)  # else the claim is rolled back
+        raise
+
+
+def _ids(worker: Worker, job_id: int) -> dict[str, Any]:
+    return {"job_id": job_id, "worker_id": worker.id}
+
+
+# ------------------------------------------------------------------------ what operators do
+
+# A job that waits is Failed at once.
+CANCEL_WAITING_SQL = """
 UPDATE job_instances j
    SET cancel_requested = now(),
-       state    = CASE WHEN worker_id IS NULL THEN 'Failed' ELSE state END,
-       finished = CASE WHEN worker_id IS NULL THEN clock_timestamp() END,
-       comment  = %(comment)s || CASE WHEN worker_id IS NOT NULL THEN '' ELSE (
-                      SELECT format(', %%s of %%s steps not run',
-                                    count(*) FILTER (WHERE s.state = 'Created'), count(*))
-                        FROM job_steps s
-                       WHERE s.job_instance_id = j.id) END
+       state    = 'Failed',
+       finished = clock_timestamp(),
+       comment  = (
+           SELECT %(comment)s || ', ' || (count(*) FILTER (WHERE s.state = 'Created'))::text
+                              || ' of ' || count(*)::text || ' steps not run'
+             FROM job_steps s
+            WHERE s.job_instance_id = j.id)
+ WHERE j.id = %(job_id)s
+   AND j.worker_id IS NULL
+   AND j.state IN ('Created', 'Queued')
+RETURNING j.state
+"""
+
+# One in hand is ended by its worker before its next step, one that is Running in nobody's hand by
+# recovery. The first reason stays.
+CANCEL_IN_HAND_SQL = """
+UPDATE job_instances
+   SET comment          = CASE WHEN cancel_requested IS NULL THEN %(comment)s ELSE comment END,
+       cancel_requested = COALESCE(cancel_requested, now())
  WHERE id = %(job_id)s
    AND state IN ('Created', 'Queued', 'Running')
+   AND (worker_id IS NOT NULL OR state = 'Running')
 RETURNING state
 """
 
@@ -300,6 +452,7 @@ WITH job AS (
 UPDATE job_instances j
    SET state            = CASE WHEN job.has_steps THEN 'Queued' ELSE 'Created' END,
        comment          = NULL,
+       attempts         = 0,
        started          = NULL,
        finished         = NULL,
        cancel_requested = NULL,

@@ -54,6 +54,11 @@ SELECT s.job_type_id, s.description,
 RETURNING id
 """
 
+ANY_DUE = """EXISTS (
+    SELECT FROM job_schedules
+     WHERE enabled
+       AND next_start + every + delay <= now())"""
+
 MOST_WINDOWS = 1000  # per schedule and statement; the next look, a second later, makes the next
 
 

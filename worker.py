@@ -1,260 +1,456 @@
-"""Who owns a job: the worker's session, its lock, and what dead and hanging workers leave."""
+"""Who owns a job: the worker's session, its lock, and what dead and hanging workers leave.
+
+A worker's row in job_workers and every job it has in hand carry its random id, and its session holds
+pg_advisory_lock(id). The lock is the lease: PostgreSQL frees it when the connection dies, and then
+every other worker knows at once that the jobs with this id are orphans. No heartbeat, no clock.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
+import secrets
 import socket
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import psycopg
 from psycopg.rows import tuple_row
 
-from life import CLAIM_SQL, as_job
-from perfdb import connect, query
+import claims
+import life
+from perfdb import connect, query, refuse_unfit
 
 log = logging.getLogger(__name__)
+
+LOCK_WAIT = "5s"      # for our own lock, which a former session of ours may still hold
+PLANS_SECONDS = 1.0   # how long plans are kept
+MANY_STEPS = 1000     # of a job: it is not run by plans made for a small table
+MAX_DEATHS = 3        # a step, or taking a job up, is given up when so many workers died in it
+
+
+class Alone:
+    """What a worker does that no handler directs: it runs on, and takes no further job."""
+
+    def stopping(self) -> bool:
+        """Whether to hand the job back instead of beginning its next step."""
+        return False
+
+    def wanted(self) -> claims.Wanted | None:
+        """Which job to claim together with the end of this one, None for none."""
+        return None
 
 
 # The lock is taken before the row can be seen, so nobody takes a new worker for a dead one.
 REGISTER_SQL = """
 WITH worker AS (
-    INSERT INTO job_workers (host, pid, backend_pid)
-    VALUES (%(host)s, %(pid)s, pg_backend_pid())
+    INSERT INTO job_workers (id, host, pid, backend_pid)
+    VALUES (%(worker_id)s, %(host)s, %(pid)s, pg_backend_pid())
     RETURNING id
 )
-SELECT id,
-       pg_advisory_lock('job_workers'::regclass::oid::int, id::int),
-       set_config('application_name', 'performance server worker ' || id, false) AS idle_name,
+SELECT pg_advisory_lock(id), set_config('application_name', %(idle_name)s, false),
        set_config('synchronous_commit', 'off', true)
   FROM worker
 """
 
-# Our own former session may still hold the lock, if the server has not noticed that its client is
-# gone. It must be both the holder and our backend_pid: process ids are used again, and somebody who
-# recovers our jobs holds the lock for a moment too.
-END_FORMER_SESSION_SQL = """
-SELECT pg_terminate_backend(l.pid)
-  FROM pg_locks l
-  JOIN job_workers w ON w.id = l.objid::bigint AND w.backend_pid = l.pid
- WHERE w.id = %(worker_id)s
-   AND l.locktype = 'advisory'
-   AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
-   AND l.classid = 'job_workers'::regclass::oid
-   AND l.objsubid = 2
-   AND l.pid <> pg_backend_pid()
-"""
+# Who holds a worker's lock: its 64 bits stand in two columns of pg_locks.
+HELD_CTE = """
+held AS MATERIALIZED (
+    SELECT l.classid::bigint << 32 | l.objid::bigint AS id, l.pid
+      FROM pg_locks l
+     WHERE l.locktype = 'advisory'
+       AND l.objsubid = 1
+       AND l.granted
+       AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+)"""
 
-LOCK_SQL = "SELECT pg_advisory_lock('job_workers'::regclass::oid::int, %(worker_id)s::bigint::int)"
+# Former sessions of ours that the server has not noticed to be gone still hold the lock. Only those
+# this process knows of: somebody who recovers our jobs holds the lock for a moment, too.
+END_FORMER_SESSIONS_SQL = f"""
+WITH {HELD_CTE}
+SELECT pg_terminate_backend(pid)
+  FROM held
+ WHERE id = %(worker_id)s
+   AND pid = ANY(%(former)s)
+   AND pid <> pg_backend_pid()
+"""  # noqa: S608
 
+LOCK_SQL = "SELECT set_config('lock_timeout', %(wait)s, true), pg_advisory_lock(%(worker_id)s)"
+UNLOCK_SQL = "SELECT pg_advisory_unlock(%(worker_id)s)"
+
+# No row: somebody has recovered our jobs meanwhile, or the server was a standby that had not heard
+# of us. `started` tells a restart from a crash, so our jobs are put back before it is set anew.
 REGISTER_AGAIN_SQL = """
-INSERT INTO job_workers (id, host, pid, backend_pid)
-VALUES (%(worker_id)s, %(host)s, %(pid)s, pg_backend_pid())
-ON CONFLICT (id) DO UPDATE
-   SET backend_pid = EXCLUDED.backend_pid,
-       started     = EXCLUDED.started
+UPDATE job_workers
+   SET backend_pid = pg_backend_pid(),
+       started     = now()
+ WHERE id = %(worker_id)s
+RETURNING id
 """
 
-# A job that was claimed and not begun is given back with the id.
 LEAVE_SQL = """
-WITH job AS (
-    UPDATE job_instances SET worker_id = NULL WHERE id = %(claimed_id)s AND worker_id = %(worker_id)s
-), gone AS (
-    DELETE FROM job_workers WHERE id = %(worker_id)s RETURNING id
-)
+WITH gone AS (DELETE FROM job_workers WHERE id = %(worker_id)s RETURNING id)
 SELECT set_config('synchronous_commit', 'off', true) FROM gone
 """
 
+# What a job has changed in the session, undone: before our own next statement, what those rest on;
+# before the next job the rest as well. RESET ALL returns to what `connect` has asked for.
+RESTORE = ("RESET SESSION AUTHORIZATION", "RESET ALL")
+RESTORE_ALL = ("CLOSE ALL", "DISCARD TEMP", """
+SELECT CASE l.objsubid WHEN 1 THEN pg_advisory_unlock(l.classid::bigint << 32 | l.objid::bigint)
+                       ELSE pg_advisory_unlock(l.classid::int, l.objid::int) END
+  FROM pg_locks l
+ WHERE l.pid = pg_backend_pid()
+   AND l.locktype = 'advisory'
+   AND NOT (l.objsubid = 1 AND l.classid::bigint << 32 | l.objid::bigint = %(worker_id)s)
+""")
+NAME_SQL = "SELECT set_config('application_name', %(name)s, false)"
+
 
 class Worker:
-    """A session that can own jobs: one connection, one row in job_workers, one lock.
+    """A session that can own jobs: one connection, one row in job_workers, one lock."""
 
-    The lock is the lease: PostgreSQL frees it when the connection dies, and then every other worker
-    knows at once that the jobs with this `id` in worker_id are orphans.
-    """
-
-    def __init__(self, dsn: str | None = None) -> None:
+    def __init__(self, dsn: str | None = None, directions: Alone | None = None) -> None:
         self.dsn = dsn
-        #: asked before each further step; true: hand the job back instead
-        self.stopping: Callable[[], bool] = lambda: False
-        #: parameters of a claim to be made in the statement that ends a job; None: make none
-        self.claim_at_end: dict[str, Any] | None = None
-        #: the job that claim got, until somebody takes it
-        self.claimed: dict[str, Any] | None = None
-        #: true: a job's first step begins in the statement that creates its steps
-        self.begin_at_once = False
-        self._cursor: psycopg.Cursor[tuple[Any, ...]] | None = None
+        self.directions = directions or Alone()
+        self._planned = time.monotonic()
         self.connection = connect(dsn)
-        self.id: int
-        self.idle_name: str
-        self.id, _, self.idle_name, _ = self.execute(REGISTER_SQL, self._process()).fetchone()
+        refuse_unfit(self.connection, dsn)
+        self._take_id()
 
-    def _process(self) -> dict[str, Any]:
-        return {"host": socket.gethostname(), "pid": os.getpid()}
+    def _take_id(self) -> None:
+        self.id = secrets.randbits(62) + 1
+        self.idle_name = self.name = f"performance server worker {self.id}"
+        self._former: list[int] = []  # server processes of our sessions under this id
+        self._open()
+        self.execute(REGISTER_SQL, self._me())
 
-    def execute(self, sql: str, params: Mapping[str, Any]) -> psycopg.Cursor[tuple[Any, ...]]:
-        """Run one statement; return the cursor it has in common with all others, so read it at once."""
-        if self._cursor is None or self._cursor.connection is not self.connection:
-            self._cursor = self.connection.cursor(row_factory=tuple_row)  # a new one costs a tenth of a round trip
-        return self._cursor.execute(sql, params)
+    def _open(self) -> None:
+        self._former.append(self.connection.info.backend_pid)
+        # A new cursor costs a tenth of a round trip, so all our statements share these two.
+        self._cursor, self._second = (self.connection.cursor(row_factory=tuple_row) for _ in "12")
+        self._lent = self._lent_to_job = False
+
+    def _me(self) -> dict[str, Any]:
+        return {"worker_id": self.id, "idle_name": self.idle_name, "host": socket.gethostname(),
+                "pid": os.getpid(), "former": self._former, "wait": LOCK_WAIT}
+
+    # Statements.
+
+    def execute(self, sql: str, params: Mapping[str, Any],
+                over: bool = False) -> psycopg.Cursor[tuple[Any, ...]]:
+        """Run one statement; return the cursor all have in common, so read it at once.
+
+        `over`: it stands between two jobs.
+        """
+        if not (self._lent or (over and (self._lent_to_job or self._plans_are_old()))):
+            return self._cursor.execute(sql, params)
+        with self.connection.pipeline():
+            self._restore(over)
+            self._cursor.execute(sql, params)
+        return self._cursor
+
+    def execute_both(self, first: str, first_params: Mapping[str, Any],
+                     second: str, second_params: Mapping[str, Any]) -> tuple[Any, Any]:
+        """Run two statements between two jobs, in one round trip and one commit; return a row of each."""
+        with self.connection.pipeline():
+            self._restore(over=True)
+            self._cursor.execute(first, first_params)
+            self._second.execute(second, second_params)
+        return self._cursor.fetchone(), self._second.fetchone()
+
+    def lend(self) -> psycopg.Connection:
+        """Return the connection for a job to use; what it changes there is undone afterwards."""
+        self._lent = self._lent_to_job = True
+        return self.connection
+
+    def _restore(self, over: bool) -> None:
+        if self._lent:
+            self._lent = False
+            for sql in RESTORE:
+                self._second.execute(sql)
+            self._second.execute(NAME_SQL, {"name": self.name})
+        if over and self._lent_to_job:
+            self._lent_to_job = False
+            for sql in RESTORE_ALL[:2]:
+                self._second.execute(sql)
+            self._second.execute(RESTORE_ALL[2], {"worker_id": self.id})
+        if over and self._plans_are_old():
+            self.forget_plans()
 
     def forget_plans(self) -> None:
-        """Have all statements planned anew when they are next run.
+        """Have all statements planned anew: before a job of many steps, and between jobs once a second.
 
         PostgreSQL keeps the plans of a session's statements. Made while a table was small they read
         it from end to end, and go on doing so for a minute or more after it has grown.
         """
-        self.connection.execute("DISCARD PLANS")
+        self._second.execute("DISCARD PLANS")
+        self._planned = time.monotonic()
 
-    def claim(self, types: Sequence[str], with_tests: bool = False) -> dict[str, Any] | None:
-        """Take the most urgent due job of `types` and return it (`as_job`), None if there is none."""
-        row = self.execute(CLAIM_SQL, self.claim_params(types, with_tests)).fetchone()
-        return as_job(row) if row else None
+    def _plans_are_old(self) -> bool:
+        return time.monotonic() - self._planned > PLANS_SECONDS
 
-    def claim_params(self, types: Sequence[str], with_tests: bool) -> dict[str, Any]:
-        return {"types": json.dumps(list(types)), "with_tests": with_tests, "worker_id": self.id}
+    # Losing the connection, and leaving.
 
     def reconnect(self) -> None:
-        """Connect again under the same id, and so still own what nobody has taken meanwhile.
+        """Connect again, under the same id if it is still ours, and put back what was running.
 
-        What was running is put back to be resumed (`recover`). Raise `psycopg.OperationalError` if
-        the server cannot be reached.
+        Raise `psycopg.OperationalError` if the server cannot be reached, or if what was running
+        cannot be put back yet.
         """
         self.connection.close()
-        self.claimed = None
         self.connection = connect(self.dsn, self.idle_name)
-        me = self._process() | {"worker_id": self.id}
-        self.connection.execute(END_FORMER_SESSION_SQL, me)
-        self.connection.execute(LOCK_SQL, me)
-        recover(self, own=True)  # before started is set anew: it tells a restart from a crash
-        self.connection.execute(REGISTER_AGAIN_SQL, me)
+        self._open()
+        self.execute(END_FORMER_SESSIONS_SQL, self._me())
+        try:
+            self.execute(LOCK_SQL, self._me())
+        except psycopg.errors.LockNotAvailable:  # by whom ever: our jobs are orphans when it goes
+            self._take_id()
+            return
+        put_back(self)
+        if not self.execute(REGISTER_AGAIN_SQL, self._me()).fetchone():
+            self.execute(UNLOCK_SQL, self._me())
+            self._take_id()
 
     def close(self) -> None:
         """Give up the id, the lock and the connection."""
         with contextlib.suppress(psycopg.Error):
-            claimed_id = self.claimed["id"] if self.claimed else None
-            self.connection.execute(LEAVE_SQL, {"worker_id": self.id, "claimed_id": claimed_id})
+            self.execute(LEAVE_SQL, self._me())
         self.connection.close()
 
 
-_current: list[Worker] = []  # this process's worker, if it has one
+_WORKER: ContextVar[Worker | None] = ContextVar("worker", default=None)
 
 
 def use_worker(worker: Worker | None) -> None:
-    """Make `worker` the one that job instances of this process belong to."""
-    _current[:] = [worker] if worker else []
+    """Make `worker` the one that job instances of this thread belong to."""
+    _WORKER.set(worker)
 
 
 def current_worker() -> Worker:
-    """Return this process's worker; the first call makes one, from $PERFDB_DSN."""
-    if not _current or _current[0].connection.closed:
-        use_worker(Worker())
-    return _current[0]
+    """Return this thread's worker; the first call makes one, from $PERFDB_DSN."""
+    worker = _WORKER.get()
+    if worker is None or worker.connection.closed:
+        use_worker(worker := Worker())
+    return worker
 
 
-# -------------------------------------------------------------------------------------- recovery
+# ------------------------------------------------------------------------------------ recovery
 
-MAX_DEATHS = 3  # a step is given up when so many workers have died in it
-
-# Put back what dead workers left. Dead is whose lock we can take; we hold it to the end of the
-# transaction, so a worker that is just coming back waits for us and then sees what is left to it,
-# and no second worker recovers the same job. A step is put back to run again unless it was being
-# ended as overrun (its comment says so since END_OVERRUN_SQL), or has killed its workers too often.
-# If the server was restarted since the worker took its lock, the step is not to blame: not counted.
-# Jobs are locked before their steps, in order of id, as everywhere.
-RECOVER_SQL = """
-WITH dead AS MATERIALIZED (
-    SELECT owner.id, COALESCE(w.started < pg_postmaster_start_time(), false) AS by_restart
-      FROM (SELECT worker_id AS id FROM job_instances
-             WHERE (worker_id IS NOT NULL OR state = 'Running') AND worker_id IS NOT NULL
-             UNION
-            SELECT id FROM job_workers) AS owner
-      LEFT JOIN job_workers w ON w.id = owner.id
-     WHERE (%(own)s OR owner.id <> %(worker_id)s)
-       AND pg_try_advisory_xact_lock('job_workers'::regclass::oid::int, owner.id::int)
-), orphan AS MATERIALIZED (
-    SELECT j.id, COALESCE(dead.by_restart, false) AS by_restart
-      FROM job_instances j
-      LEFT JOIN dead ON dead.id = j.worker_id
+# Whether there is anything to recover, for the look that a worker takes once a second.
+ANY_DEAD = """EXISTS (
+    SELECT FROM job_instances j
      WHERE (j.worker_id IS NOT NULL OR j.state = 'Running')
-       AND (dead.id IS NOT NULL OR j.worker_id IS NULL)
-     ORDER BY j.id
-       FOR UPDATE OF j
-), interrupted AS (
-    SELECT s.id, s.attempts - orphan.by_restart::int AS attempts,
-           CASE WHEN s.comment IS NOT NULL THEN s.comment
-                WHEN s.attempts - orphan.by_restart::int >= %(max_deaths)s
-                THEN format('Its worker died in this step %%s times; it is not run again by itself. '
-                            'See the handler''s log, then jobctl retry %%s.', s.attempts, orphan.id)
-            END AS comment
-      FROM orphan
-      JOIN job_steps s ON s.job_instance_id = orphan.id AND s.state = 'Running'
-), step AS (
-    UPDATE job_steps s
-       SET state    = CASE WHEN i.comment IS NULL THEN 'Created' ELSE 'Failed' END,
-           finished = CASE WHEN i.comment IS NULL THEN NULL ELSE clock_timestamp() END,
-           attempts = i.attempts,
-           comment  = i.comment
-      FROM interrupted i
-     WHERE s.id = i.id
-), job AS (
-    UPDATE job_instances j
-       SET state     = CASE WHEN j.state = 'Running' THEN 'Queued' ELSE j.state END,
-           worker_id = NULL
-      FROM orphan
-     WHERE j.id = orphan.id
-    RETURNING j.id
-), gone AS (
-    DELETE FROM job_workers w
-     USING dead
-     WHERE w.id = dead.id
-       AND w.id <> %(worker_id)s
-)
-SELECT id FROM job ORDER BY id
+       AND NOT EXISTS (SELECT FROM held WHERE held.id = j.worker_id)
+) OR EXISTS (
+    SELECT FROM job_workers w
+     WHERE NOT EXISTS (SELECT FROM held WHERE held.id = w.id))"""
+
+ORPHANS_SQL = f"""
+WITH {HELD_CTE}
+SELECT j.id, j.worker_id
+  FROM job_instances j
+ WHERE (j.worker_id IS NOT NULL OR j.state = 'Running')
+   AND NOT EXISTS (SELECT FROM held WHERE held.id = j.worker_id)
+ ORDER BY j.id
+ LIMIT 1000
+"""  # noqa: S608
+
+OWN_SQL = "SELECT id, worker_id FROM job_instances WHERE worker_id = %(worker_id)s"
+
+# Dead is whose lock we can take; we hold it to the end of the transaction, so a worker that is just
+# coming back waits for us and then sees what is left to it. SKIP LOCKED: a job that somebody is at
+# is left for the next look. Restarted since the worker took its lock: the job is not to blame.
+LOCK_ORPHAN_SQL = """
+SELECT j.state, j.cancel_requested IS NOT NULL, j.attempts,
+       COALESCE(w.started < pg_postmaster_start_time(), false) AS by_restart
+  FROM job_instances j
+  LEFT JOIN job_workers w ON w.id = j.worker_id
+ WHERE j.id = %(job_id)s
+   AND j.worker_id IS NOT DISTINCT FROM %(owner)s
+   AND (j.worker_id IS NOT NULL OR j.state = 'Running')
+   AND (%(own)s OR j.worker_id IS NULL OR pg_try_advisory_xact_lock(j.worker_id))
+   FOR UPDATE OF j SKIP LOCKED
 """
 
+# A statement of its own, because what it waited for would not be in the snapshot of the one above;
+# and NOWAIT, because a worker from whom the job was taken by hand may be about to commit its step.
+LOCK_STEP_SQL = """
+SELECT id, attempts, comment
+  FROM job_steps
+ WHERE job_instance_id = %(job_id)s
+   AND state = 'Running'
+   FOR UPDATE NOWAIT
+"""
 
-def recover(worker: Worker, own: bool = False) -> list[int]:
-    """Free the jobs of dead workers (with `own`, ours too) and return their ids.
+# The worker died between claiming a Queued job and beginning its step: that one is to blame.
+NEXT_STEP_SQL = """
+SELECT id, attempts + 1, NULL
+  FROM job_steps
+ WHERE job_instance_id = %(job_id)s
+   AND state = 'Created'
+ ORDER BY position
+ LIMIT 1
+"""
+
+STEP_BACK_SQL = """
+UPDATE job_steps
+   SET state    = CASE WHEN %(comment)s::text IS NULL THEN 'Created' ELSE 'Failed' END,
+       finished = CASE WHEN %(comment)s::text IS NOT NULL THEN clock_timestamp() END,
+       attempts = %(attempts)s,
+       comment  = %(comment)s
+ WHERE id = %(step_id)s
+"""
+
+JOB_BACK_SQL = """
+UPDATE job_instances
+   SET state     = CASE state WHEN 'Running' THEN 'Queued' ELSE state END,
+       attempts  = %(attempts)s,
+       worker_id = NULL
+ WHERE id = %(job_id)s
+RETURNING state
+"""
+
+JOB_POISON_SQL = """
+UPDATE job_instances
+   SET state     = 'Failed',
+       finished  = clock_timestamp(),
+       attempts  = %(attempts)s,
+       comment   = %(comment)s,
+       worker_id = NULL
+ WHERE id = %(job_id)s
+RETURNING state
+"""
+
+# Rows of dead workers that own nothing. A hundred at a time: each takes a place in the lock table.
+# The LIMIT also keeps PostgreSQL from trying the locks of all rows before it has looked who is dead.
+CLEAN_WORKERS_SQL = f"""
+WITH {HELD_CTE}, silent AS (
+    SELECT w.id
+      FROM job_workers w
+     WHERE NOT EXISTS (SELECT FROM held WHERE held.id = w.id)
+       AND NOT EXISTS (SELECT FROM job_instances j WHERE j.worker_id = w.id)
+     LIMIT 100
+), dead AS MATERIALIZED (
+    SELECT id FROM silent WHERE pg_try_advisory_xact_lock(id)
+)
+DELETE FROM job_workers w USING dead WHERE w.id = dead.id
+"""  # noqa: S608
+
+
+def recover(worker: Worker) -> dict[int, str]:
+    """Put back the jobs of dead workers; return id -> state now: Created or Queued, or Failed for good.
 
     Finished steps stay finished; the interrupted one will run again, at most `MAX_DEATHS` times.
+    One job that cannot be put back does not keep the others; the first error is raised at the end.
     """
-    params = {"own": own, "worker_id": worker.id, "max_deaths": MAX_DEATHS}
-    ids = [job_id for (job_id,) in query(worker.connection, RECOVER_SQL, params)]
+    states: dict[int, str] = {}
+    errors: list[psycopg.Error] = []
+    for job_id, owner in query(worker.connection, ORPHANS_SQL):
+        try:
+            if state := _put_back(worker, job_id, owner):
+                states[job_id] = state
+                log.warning("job=%d recovered: its worker is gone; it is %s now", job_id, state)
+        except psycopg.Error as exc:
+            if worker.connection.closed:
+                raise
+            errors.append(exc)
+    worker.connection.execute(CLEAN_WORKERS_SQL)
+    if errors:
+        raise errors[0]
+    return states
+
+
+def put_back(worker: Worker, blame: bool = True) -> None:
+    """Put back what this worker itself has in hand; without `blame` no attempt is counted.
+
+    Raise `psycopg.OperationalError` if somebody else is at one of its jobs.
+    """
+    for job_id, owner in query(worker.connection, OWN_SQL, {"worker_id": worker.id}):
+        if not _put_back(worker, job_id, owner, own=True, blame=blame):
+            raise psycopg.OperationalError(f"job {job_id} cannot be put back now: its row is locked")
+
+
+def _put_back(worker: Worker, job_id: int, owner: int | None, own: bool = False,
+              blame: bool = True) -> str:
+    """Free one job, in a transaction; return its state, '' if it is no orphan or somebody is at it."""
+    values = {"job_id": job_id, "owner": owner, "own": own}
+    try:
+        with worker.connection.transaction():
+            if not (found := query(worker.connection, LOCK_ORPHAN_SQL, values)):
+                return ""
+            state, cancelled, attempts, by_restart = found[0]
+            steps = query(worker.connection, LOCK_STEP_SQL, values)
+            if cancelled:
+                return life.end_cancelled(worker, job_id, owner).state
+            if state == "Created":
+                return _free_untaken(worker, job_id, attempts + (blame and not by_restart))
+            for step in steps or query(worker.connection, NEXT_STEP_SQL, values):
+                _free_step(worker, job_id, step, blame and not by_restart)
+            return query(worker.connection, JOB_BACK_SQL, values | {"attempts": attempts})[0][0]
+    except psycopg.errors.LockNotAvailable:
+        return ""
+
+
+def _free_untaken(worker: Worker, job_id: int, deaths: int) -> str:
+    """Free a job that was claimed and got no steps, or fail it; return its state."""
+    comment = (f"Its worker died {deaths} times while it took the job up; it is not taken up again by "
+               f"itself. See the handler's log, then jobctl retry {job_id}.")
+    sql = JOB_POISON_SQL if deaths >= MAX_DEATHS else JOB_BACK_SQL
+    return query(worker.connection, sql, {
+        "job_id": job_id, "attempts": deaths, "comment": comment})[0][0]
+
+
+def _free_step(worker: Worker, job_id: int, step: tuple[int, int, str | None], blame: bool) -> None:
+    """Put an interrupted step back, or fail it: it was ended as overrun, or kills its workers."""
+    step_id, attempts, comment = step
+    attempts -= not blame
+    if comment is None and attempts >= MAX_DEATHS:
+        comment = (f"Its worker died in this step {attempts} times; it is not run again by itself. "
+                   f"See the handler's log, then jobctl retry {job_id}.")
+    worker.connection.execute(STEP_BACK_SQL, {
+        "step_id": step_id, "attempts": attempts, "comment": comment})
+
+
+# A lock cannot tell a hung worker from a busy one, but no step may run a minute past its limit, nor
+# may taking a job up: the worker itself ends it long before. The comment tells recovery why; a step
+# that ends at this very moment is no longer Running, and then nothing is terminated.
+END_OVERRUN_SQL = f"""
+WITH {HELD_CTE}, busy AS (
+    SELECT j.id, j.state, j.last_state_change, t.step_timeout, held.pid
+      FROM job_instances j
+      JOIN job_types t   ON t.id = j.job_type_id
+      JOIN job_workers w ON w.id = j.worker_id
+      JOIN held          ON held.id = w.id AND held.pid = w.backend_pid  -- not who recovers it now
+     WHERE j.worker_id <> %(worker_id)s
+), step AS (
+    UPDATE job_steps s
+       SET comment = 'Overrun: longer than the step limit of ' || busy.step_timeout::text
+                  || ' (job_types.step_timeout) and its worker did not react; its connection was ended.'
+      FROM busy
+     WHERE busy.state = 'Running'
+       AND s.job_instance_id = busy.id
+       AND s.state = 'Running'
+       AND s.started + busy.step_timeout + interval '1 minute' < clock_timestamp()
+    RETURNING busy.id, busy.pid
+)
+SELECT id, pg_terminate_backend(pid, 5000)
+  FROM (SELECT id, pid FROM step
+         UNION
+        SELECT id, pid
+          FROM busy
+         WHERE state <> 'Running'
+           AND last_state_change + step_timeout + interval '1 minute' < clock_timestamp()) AS overrun
+"""  # noqa: S608
+
+
+def end_overrun(worker: Worker) -> list[int]:
+    """End the sessions of workers that hang, so that `recover` can go on; return their jobs' ids."""
+    ids = [job_id for job_id, _ in
+           query(worker.connection, END_OVERRUN_SQL, {"worker_id": worker.id})]
     for job_id in ids:
-        log.warning("job=%d recovered: its worker is gone, the job goes on where it was", job_id)
+        log.warning("job=%d ended: a minute past its step limit and no sign of life", job_id)
     return ids
-
-
-# A lock cannot tell a hung worker from a busy one, but no step may run a minute past its limit: the
-# worker itself ends it long before. The comment tells recovery why; a step that ends at this very
-# moment is no longer Running, and then nothing is terminated.
-END_OVERRUN_SQL = """
-UPDATE job_steps s
-   SET comment = format('Overrun: longer than the step limit of %%s (job_types.step_timeout) and its '
-                        'worker did not react; its connection was ended.', t.step_timeout)
-  FROM job_instances j
-  JOIN job_types t ON t.id = j.job_type_id
-  JOIN job_workers w ON w.id = j.worker_id
-  JOIN pg_locks l ON l.locktype = 'advisory'
-                 AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
-                 AND l.classid = 'job_workers'::regclass::oid
-                 AND l.objid::bigint = w.id
-                 AND l.objsubid = 2
-                 AND l.granted
-                 AND l.pid = w.backend_pid  -- not somebody who recovers it at this moment
- WHERE j.worker_id <> %(worker_id)s
-   AND s.job_instance_id = j.id
-   AND s.state = 'Running'
-   AND s.started + t.step_timeout + interval '1 minute' < clock_timestamp()
-RETURNING j.id, s.id, pg_terminate_backend(l.pid)
-"""
-
-
-def end_overrun(worker: Worker) -> None:
-    """End the sessions of workers that hang in a step, so that `recover` can go on with the job."""
-    for job_id, step_id, _ in query(worker.connection, END_OVERRUN_SQL, {"worker_id": worker.id}):
-        log.warning("job=%d step=%d ended: a minute past its limit and no sign of life", job_id, step_id)

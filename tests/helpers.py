@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+import claims
+
 T = TypeVar("T")
 
 
@@ -21,3 +23,8 @@ def wait_for(condition: Callable[[], T], timeout: float = 20, what: str = "") ->
             raise AssertionError(f"waited {timeout} s for {what}; the last answer was {result!r}")
         time.sleep(0.01)
     return result
+
+
+def claim(worker, *types: str) -> claims.Job | None:
+    """Have `worker` claim the most urgent due job of these types, as a handler does."""
+    return claims.claim(worker, claims.Wanted.of(types))

@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from helpers import wait_for
+from helpers import claim, wait_for
 from park import (
     MIDNIGHT,
     add_alarm,
@@ -235,8 +235,8 @@ def test_a_mended_trigger_and_what_depends_on_it_are_calculated_by_retry(conn, c
 
     conn.execute("UPDATE alarms SET trigger = %s WHERE manufacturer_id = 111", [jobs.Jsonb(trigger(value=10))])
     control.retry_job(conn, 1)
-    row = current_worker().claim(["Alarm Calculation"])
-    assert alarm_calc.JobAlarmCalc(row["id"]).run() == []
+    job = claim(current_worker(), "Alarm Calculation")
+    assert jobs.take_up(current_worker(), job).run() == []
     assert history(conn, 111) == [("LAN-01", 111, at(10), at(20))]
     assert history(conn, 112) == [("LAN-01", 112, at(0), at(10))]
 

@@ -6,12 +6,12 @@ import threading
 import psycopg
 import pytest
 import sample_jobs
-from helpers import wait_for
+from helpers import claim, wait_for
 
 import control
 import handler
 import jobs
-from worker import Worker, use_worker
+from worker import MANY_STEPS, PLANS_SECONDS, Worker, use_worker
 
 SAMPLES = ("--module", "sample_jobs")
 
@@ -121,7 +121,7 @@ def test_limit_bounds_the_jobs_of_all_workers(run_handler, ask, states, args):
     (["--limit", "-1"], "'-1' is not a whole number from 1"),
     (["--poll", "nan"], "'nan' is not a number of seconds above 0"),
     (["--type", "Alarm"], "--type: unknown 'Alarm'; known: 'Alarm Calculation'"),
-    (["--module", "no_such_file"], "--module: No module named 'no_such_file'"),
+    (["--module", "no_such_file"], "module 'no_such_file' cannot be loaded: ModuleNotFoundError: No module named"),
     (["--dsn", "nonsense"], "no libpq connection string"),
     (["--dsn", "password=s3cret host"], "no libpq connection string"),
     (["--onec"], "unrecognized arguments"),
@@ -227,8 +227,8 @@ def test_concurrent_claims_never_share_a_job(conn, dsn, ask):
     def work():
         worker = Worker(dsn)
         barrier.wait()
-        while row := worker.claim(["Scripted"]):
-            taken.append(row["id"])
+        while job := claim(worker, "Scripted"):
+            taken.append(job.id)
         worker.close()
 
     threads = [threading.Thread(target=work) for _ in range(4)]
@@ -283,7 +283,7 @@ def test_a_long_job_waits_for_the_disk_once_per_step(conn, dsn, server):
     job = sample_jobs.Noop(control.create_job(worker.connection, "Noop", {"steps": 200}))
     statements = []
     execute = worker.execute
-    worker.execute = lambda sql, params: statements.append(sql) or execute(sql, params)
+    worker.execute = lambda sql, *args, **more: statements.append(sql) or execute(sql, *args, **more)
     job.run()
     waiting = [sql for sql in statements if "'synchronous_commit', 'off'" not in sql]
     assert len(waiting) == 200
@@ -299,8 +299,8 @@ def small_tables(conn, dsn):
     control.write_types(worker.connection, ["Noop"])
     conn.execute("VACUUM job_instances, job_steps")
     control.create_jobs(worker.connection, "Noop", [{"steps": 12}] * 12)
-    while row := worker.claim(["Noop"]):
-        sample_jobs.Noop(row["id"]).run()
+    while job := claim(worker, "Noop"):
+        jobs.take_up(worker, job).run()
 
     def read_whole(table):
         worker.connection.execute("SELECT pg_stat_force_next_flush()")
@@ -314,18 +314,16 @@ def small_tables(conn, dsn):
 def test_a_backlog_that_comes_at_once_is_not_read_whole(small_tables, dsn):
     worker, read_whole = small_tables
     control.create_jobs(worker.connection, "Noop", [{}] * 3000)
-    looking = handler.JobHandler(dsn)
-    looking.worker, looking._looked_after = worker, 1.0  # the last look was long ago
-    looking._look_after()
+    worker._planned -= PLANS_SECONDS  # the last job was long ago
     before = read_whole("job_instances")
-    assert worker.claim(["Noop"])
+    assert claim(worker, "Noop")
     assert read_whole("job_instances") == before
 
 
 def test_a_long_job_after_short_ones_does_not_read_all_steps_at_each(small_tables):
     worker, read_whole = small_tables
     before = read_whole("job_steps")
-    sample_jobs.Noop(control.create_job(worker.connection, "Noop", {"steps": jobs.MANY_STEPS})).run()
+    sample_jobs.Noop(control.create_job(worker.connection, "Noop", {"steps": MANY_STEPS})).run()
     assert read_whole("job_steps") - before < 10
 
 

@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 import psycopg
 import pytest
 import sample_jobs
+from helpers import claim
 
 import control
 import jobs
@@ -93,7 +94,7 @@ def test_the_traceback_of_an_unknown_error_is_logged(insert, caplog):
     ("exit", "Unknown error, please check the logs: 7"),
     ("open", "The step left a transaction open; it was rolled back"),
     ("nul", "a\N{REPLACEMENT CHARACTER}b?"),
-    ("unjson", "Unknown error, please check the logs: Object of type object is not JSON serializable"),
+    ("unjson", "The step's result is no JSON object, so it is not stored:\n  $.x: object <object"),
 ])
 def test_whatever_a_step_does_is_its_own_failure(insert, steps, row, step, comment):
     job = sample_jobs.Scripted(insert(steps=[step, "ok"]))
@@ -385,18 +386,16 @@ def test_only_failed_steps_are_tried_again_with_growing_delays(insert, row, step
     job_id = insert(steps=["ok", "error"])
     waits, begun = [], []
     for _ in range(2):
-        assert worker.claim(["Scripted"])["id"] == job_id
-        sample_jobs.Scripted(job_id).run()
+        assert jobs.take_up(worker, claim(worker, "Scripted")).run()
         job = row(job_id)
         assert (job["state"], job["worker_id"], job["finished"]) == ("Queued", None, None)
         assert "1 (50.00%) steps failed, attempt" in job["comment"]
         assert [(s["state"], s["comment"]) for s in steps(job_id)] == [("Finished", None), ("Created", "no wind")]
-        assert worker.claim(["Scripted"]) is None  # not before run_after
+        assert claim(worker, "Scripted") is None  # not before run_after
         waits.append(job["run_after"] - job["last_state_change"])
         begun.append(steps(job_id)[0]["started"])
         conn.execute("UPDATE job_instances SET run_after = now() WHERE id = %s", [job_id])
-    worker.claim(["Scripted"])
-    sample_jobs.Scripted(job_id).run()
+    jobs.take_up(worker, claim(worker, "Scripted")).run()
     assert (row(job_id)["state"], row(job_id)["attempts"]) == ("Failed", 3)
     assert row(job_id)["comment"] == "1 (50.00%) steps failed"
     assert [round(w / timedelta(minutes=10)) for w in waits] == [1, 2]
@@ -436,8 +435,7 @@ def test_retry_puts_steps_back(insert, steps, row, worker, every_step, states):
     sample_jobs.Scripted(job_id).run()
     assert control.retry_job(worker.connection, job_id, every_step) == "Queued"
     assert [s["state"] for s in steps(job_id)] == states
-    assert worker.claim(["Scripted"])["id"] == job_id
-    assert len(sample_jobs.Scripted(job_id).run()) == 1
+    assert len(jobs.take_up(worker, claim(worker, "Scripted")).run()) == 1
     assert row(job_id)["state"] == "Failed"
 
 
@@ -473,14 +471,14 @@ def test_a_steps_life_stays_on_its_page(insert, conn, worker):
 def test_claim_leaves_alone(insert, conn, worker, columns):
     job_id = insert()
     conn.execute(f"UPDATE job_instances SET {columns} WHERE id = %s", [job_id])
-    assert worker.claim(["Scripted"]) is None
+    assert claim(worker, "Scripted") is None
 
 
 def test_claim_takes_the_highest_priority_then_the_oldest(insert, conn, worker):
     low, first, second = insert(), insert(), insert()
     conn.execute("UPDATE job_instances SET priority = -1 WHERE id = %s", [low])
     conn.execute("UPDATE job_instances SET description = 'touched' WHERE id = %s", [first])  # moves in the heap
-    assert [worker.claim(["Scripted"])["id"] for _ in range(3)] == [first, second, low]
+    assert [claim(worker, "Scripted").id for _ in range(3)] == [first, second, low]
 
 
 def test_claim_does_not_wait_for_a_row_someone_holds(insert, dsn, worker):
@@ -488,4 +486,4 @@ def test_claim_does_not_wait_for_a_row_someone_holds(insert, dsn, worker):
     worker.connection.execute("SET lock_timeout = '1s'")  # waiting would raise LockNotAvailable
     with psycopg.connect(dsn) as other:
         other.execute("SELECT FROM job_instances WHERE id = %s FOR UPDATE", [held])
-        assert worker.claim(["Scripted"])["id"] == free
+        assert claim(worker, "Scripted").id == free
