@@ -108,7 +108,7 @@ def connect(dsn: str | None = None,
     """Return an autocommit connection to performance_db, its session in `time_zone()`.
 
     The session has `SESSION_SETTINGS`, and RESET ALL returns to them (if the way to the server
-    allows it; `reset` always does). `dsn` overrides $PERFDB_DSN; with neither, libpq's own PG*
+    allows it; see `settlement`). `dsn` overrides $PERFDB_DSN; with neither, libpq's own PG*
     variables count. JSON that Python cannot load comes as its text.
 
     Raise `psycopg.OperationalError` if the server cannot be reached or refuses, `ValueError` if
@@ -184,7 +184,7 @@ def _settle(connection: psycopg.Connection, zone: str) -> None:
     """Set what the startup packet did not bring."""
     is_settled, can_time_out = query(connection, SETTLED_SQL)[0]
     if not is_settled or can_time_out:
-        connection.execute(SETTLE_SQL, [Jsonb({"TimeZone": zone} | SESSION_SETTINGS)])
+        connection.execute(*settlement())
     if not is_settled:
         with contextlib.suppress(psycopg.DataError, psycopg.NotSupportedError):
             connection.execute(SETTLE_SQL, [Jsonb(SERVER_KEEPALIVES)])
@@ -195,10 +195,12 @@ def connect_plainly(dsn: str | None = None) -> psycopg.Connection:
     return psycopg.connect(dsn or os.environ.get("PERFDB_DSN") or "", autocommit=True)
 
 
-def reset(connection: psycopg.Connection) -> None:
-    """Give a session back the settings it had when it was new; no transaction may be open."""
-    connection.execute("RESET ALL")
-    _settle(connection, str(time_zone()))
+def settlement() -> tuple[str, list[Any]]:
+    """Return the statement, and its parameters, that sets again what RESET ALL has taken back.
+
+    Needed only where perfdb.settled is not set: where the startup packet did not reach the server.
+    """
+    return SETTLE_SQL, [Jsonb({"TimeZone": str(time_zone())} | SESSION_SETTINGS)]
 
 
 def load_json(text: str | bytes) -> Any:

@@ -22,7 +22,7 @@ from psycopg.rows import tuple_row
 
 import claims
 import life
-from perfdb import connect, query, refuse_unfit
+from perfdb import connect, query, refuse_unfit, settlement
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,8 @@ WITH worker AS (
     VALUES (%(worker_id)s, %(host)s, %(pid)s, pg_backend_pid())
     RETURNING id
 )
-SELECT pg_advisory_lock(id), set_config('application_name', %(idle_name)s, false),
+SELECT current_setting('perfdb.settled', true) IS NOT NULL, pg_advisory_lock(id),
+       set_config('application_name', %(idle_name)s, false),
        set_config('synchronous_commit', 'off', true)
   FROM worker
 """
@@ -78,7 +79,10 @@ SELECT pg_terminate_backend(pid)
    AND pid <> pg_backend_pid()
 """  # noqa: S608
 
-LOCK_SQL = "SELECT set_config('lock_timeout', %(wait)s, true), pg_advisory_lock(%(worker_id)s)"
+LOCK_SQL = """
+SELECT current_setting('perfdb.settled', true) IS NOT NULL,
+       set_config('lock_timeout', %(wait)s, true), pg_advisory_lock(%(worker_id)s)
+"""
 UNLOCK_SQL = "SELECT pg_advisory_unlock(%(worker_id)s)"
 
 # No row: somebody has recovered our jobs meanwhile, or the server was a standby that had not heard
@@ -126,7 +130,7 @@ class Worker:
         self.idle_name = self.name = f"performance server worker {self.id}"
         self._former: list[int] = []  # server processes of our sessions under this id
         self._open()
-        self.execute(REGISTER_SQL, self._me())
+        self._settled = self.execute(REGISTER_SQL, self._me()).fetchone()[0]
 
     def _open(self) -> None:
         self._former.append(self.connection.info.backend_pid)
@@ -148,16 +152,21 @@ class Worker:
         """
         if not (self._lent or (over and (self._lent_to_job or self._plans_are_old()))):
             return self._cursor.execute(sql, params)
-        with self.connection.pipeline():
+        self._restore_client()
+        with self.connection.pipeline() as pipeline:
             self._restore(over)
+            pipeline.sync()  # what is read only by default is so to the end of the transaction
             self._cursor.execute(sql, params)
         return self._cursor
 
     def execute_both(self, first: str, first_params: Mapping[str, Any],
                      second: str, second_params: Mapping[str, Any]) -> tuple[Any, Any]:
         """Run two statements between two jobs, in one round trip and one commit; return a row of each."""
-        with self.connection.pipeline():
-            self._restore(over=True)
+        self._restore_client()
+        with self.connection.pipeline() as pipeline:
+            if self._lent_to_job or self._plans_are_old():
+                self._restore(over=True)
+                pipeline.sync()
             self._cursor.execute(first, first_params)
             self._second.execute(second, second_params)
         return self._cursor.fetchone(), self._second.fetchone()
@@ -167,11 +176,20 @@ class Worker:
         self._lent = self._lent_to_job = True
         return self.connection
 
+    def _restore_client(self) -> None:
+        """Undo what psycopg itself may have been told."""
+        self.connection.row_factory = tuple_row
+        if not self.connection.autocommit:
+            self.connection.autocommit = True
+
     def _restore(self, over: bool) -> None:
+        """Undo what a job has changed in the session; `over`: all of it, and old plans go, too."""
         if self._lent:
             self._lent = False
             for sql in RESTORE:
                 self._second.execute(sql)
+            if not self._settled:
+                self._second.execute(*settlement())
             self._second.execute(NAME_SQL, {"name": self.name})
         if over and self._lent_to_job:
             self._lent_to_job = False
@@ -206,7 +224,7 @@ class Worker:
         self._open()
         self.execute(END_FORMER_SESSIONS_SQL, self._me())
         try:
-            self.execute(LOCK_SQL, self._me())
+            self._settled = self.execute(LOCK_SQL, self._me()).fetchone()[0]
         except psycopg.errors.LockNotAvailable:  # by whom ever: our jobs are orphans when it goes
             self._take_id()
             return

@@ -2,7 +2,13 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
+from datetime import datetime
+from decimal import Decimal
+
+from psycopg.rows import dict_row
 
 from jobs import TIME, JobInstance, JobRequestError, JobStepError
 
@@ -79,3 +85,77 @@ class Buggy(JobInstance):
 
     def __init__(self, job_id, skip_test=True):
         raise RuntimeError("a bug in the job file")
+
+
+class TakenUp(JobInstance):
+    """Answers or does what the parameters say when it is asked for its steps."""
+
+    _name = "Taken Up"
+
+    def _create_steps(self):
+        what = self.parameters.get("do")
+        if what == "answer":
+            return self.parameters["answer"]
+        if what == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if what == "exit":
+            sys.exit(7)
+        if what == "hang":
+            time.sleep(60)
+        if what == "disk full" and self.connection.execute(
+                "SELECT nextval('tries') <= 3").fetchone()[0]:
+            self.connection.execute("DO $$ BEGIN RAISE disk_full; END $$")
+        return [{}]
+
+    def _run_step(self, step_id):
+        return None
+
+
+RESULTS = {"decimal": lambda: {"power": Decimal("1.5")}, "time": lambda: {"at": [datetime(2026, 3, 1)]},
+           "nan": lambda: {"deep": {"mean": float("nan")}}, "set": lambda: {"names": {1}},
+           "list": lambda: [1], "key": lambda: {7: 1}, "nul": lambda: {"text": "a\0"},
+           "huge": lambda: {"n": 10**5000}}
+
+
+class Answers(JobInstance):
+    """Each step returns what RESULTS holds under its name."""
+
+    _name = "Answers"
+
+    def _create_steps(self):
+        return [{"name": name} for name in self.parameters["steps"]]
+
+    def _run_step(self, step_id):
+        return RESULTS[self.step["name"]]()
+
+
+class Meddling(JobInstance):
+    """Each step runs SQL in the worker's session, or "autocommit off", or "rows as dicts"."""
+
+    _name = "Meddling"
+
+    def _create_steps(self):
+        return [{"parameters": {"sql": sql}} for sql in self.parameters["steps"]]
+
+    def _run_step(self, step_id):
+        sql = self.step["parameters"]["sql"]
+        if sql == "autocommit off":
+            self.connection.autocommit = False
+        elif sql == "rows as dicts":
+            self.connection.row_factory = dict_row
+        else:
+            row = self.connection.execute(sql)
+            return {"row": str(row.fetchone())} if row.description else None
+
+
+class Starts(JobInstance):
+    """Its step starts a shell that starts others, writes their ids down, and hangs."""
+
+    _name = "Starts"
+
+    def _create_steps(self):
+        return [{}]
+
+    def _run_step(self, step_id):
+        subprocess.run(["sh", "-c", "sleep 77 | cat & echo $! > " + self.parameters["file"] + "; sleep 78"],
+                       check=True)

@@ -59,7 +59,8 @@ def test_a_session_owes_nothing_to_the_defaults_of_its_database(dsn, usual, set_
     with perfdb.connect(dsn) as connection:
         if change:
             connection.execute(change)
-            perfdb.reset(connection)
+            connection.execute("RESET ALL")
+            connection.execute(*perfdb.settlement())
         assert settings(connection) == usual
         assert perfdb.query(connection, "SHOW search_path") == [('"$user", public',)]
 
@@ -131,7 +132,8 @@ def test_pgbouncer(dsn, usual, mode, extra):
     with pgbouncer(dsn, f"pool_mode = {mode}\n{extra}") as dsn, perfdb.connect(dsn) as connection:
         if mode == "session":
             connection.execute("SET jit = on")
-            perfdb.reset(connection)
+            connection.execute("RESET ALL")
+            connection.execute(*perfdb.settlement())
             assert settings(connection) == usual
             perfdb.refuse_unfit(connection, dsn)
         else:
