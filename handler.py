@@ -27,6 +27,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import psycopg
+from psycopg.conninfo import make_conninfo
 
 import claims
 import control
@@ -88,6 +89,7 @@ class JobHandler(worker.Alone):
         self.second_signal_kills = parent is None
         self._signals = 0
         self._setbacks = 0  # turns in a row that the database did not let us finish
+        self._refusals = 0  # tries in a row that a server which is there let nobody in
         self._blames = False  # whether the last of them may be the fault of what we have in hand
         self._said: dict[str, tuple[str, float]] = {}  # duty -> what was logged of it last, and when
         self._introduced = False
@@ -202,7 +204,8 @@ class JobHandler(worker.Alone):
                     "run `python jobctl.py init`")
         if isinstance(exc, psycopg.errors.InsufficientPrivilege):
             return f"the database refuses what the handler needs: {text}"
-        if self._setbacks < TRIES or not (self.once or (self.worker is None and refuses(self.dsn))):
+        self._refusals = self._refusals + 1 if self.worker is None and refuses(self.dsn) else 0
+        if (self._setbacks if self.once else self._refusals) < TRIES:
             return ""
         return (f"cannot reach the database, {TRIES} tries: {text}\n"
                 "  set PERFDB_DSN, give --dsn, or start the server")
@@ -328,8 +331,8 @@ class JobHandler(worker.Alone):
 
 def refuses(dsn: str | None) -> bool:
     """Whether there is a server that takes connections, only not ours; one that starts up does not."""
-    conninfo = (dsn or os.environ.get("PERFDB_DSN") or "").encode()
-    return psycopg.pq.PGconn.ping(conninfo) == psycopg.pq.Ping.OK
+    conninfo = make_conninfo(dsn or os.environ.get("PERFDB_DSN") or "", connect_timeout=5)
+    return psycopg.pq.PGconn.ping(conninfo.encode()) == psycopg.pq.Ping.OK
 
 
 STOPS = (signal.SIGTERM, signal.SIGINT)

@@ -10,7 +10,8 @@ from decimal import Decimal
 
 from psycopg.rows import dict_row
 
-from jobs import TIME, JobInstance, JobRequestError, JobStepError
+import control
+from jobs import TIME, JobInstance, JobRequestError, JobStepError, connect
 
 
 class Scripted(JobInstance):
@@ -46,6 +47,16 @@ class Scripted(JobInstance):
             self.connection.execute("DO $$ BEGIN RAISE disk_full; END $$")
         if what == "open":
             self.connection.execute("BEGIN")
+        if what.startswith("cancel"):  # from another session, as an operator does while the step runs
+            with connect() as operator:
+                control.cancel_job(operator, self.job_id, "wrong park")
+        if what.endswith("stop"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        if what.endswith("taken away"):
+            with connect() as operator:
+                operator.execute("UPDATE job_instances SET worker_id = NULL WHERE id = %s", [self.job_id])
+        if what.endswith("then fail"):
+            raise JobStepError("no wind")
         if what == "exit":
             raise SystemExit(7)
         if what == "nul":
@@ -159,3 +170,16 @@ class Starts(JobInstance):
     def _run_step(self, step_id):
         subprocess.run(["sh", "-c", "sleep 77 | cat & echo $! > " + self.parameters["file"] + "; sleep 78"],
                        check=True)
+
+
+class Orphans(JobInstance):
+    """Its step leaves a process behind that is nobody's child, and waits until that has ended badly."""
+
+    _name = "Orphans"
+
+    def _create_steps(self):
+        return [{}]
+
+    def _run_step(self, step_id):
+        subprocess.run(["sh", "-c", "(sleep 0.2; exit 3) & exit 0"], check=True)
+        return None

@@ -208,6 +208,7 @@ def test_a_second_signal_stops_at_once(start_handler, ask, states, args):
         process.wait(timeout=0.3)
     process.send_signal(signal.SIGTERM)
     process.wait(timeout=5)  # the step would sleep for a minute
+    assert b"is replaced" not in process.log.read_bytes()
 
 
 @pytest.mark.parametrize("args", [[], ["--workers", "2"]])
