@@ -36,6 +36,7 @@ import life
 import perfdb
 import schedules
 import worker
+from pool import Pool, take_signals
 
 log = logging.getLogger("handler")
 
@@ -335,88 +336,9 @@ def refuses(dsn: str | None) -> bool:
     return psycopg.pq.PGconn.ping(conninfo.encode()) == psycopg.pq.Ping.OK
 
 
-STOPS = (signal.SIGTERM, signal.SIGINT)
-
-
-class Pool:
-    """Worker processes, each a JobHandler of its own; one that dies is replaced."""
-
-    def __init__(self, count: int, make_handler: Callable[[int], JobHandler], once: bool) -> None:
-        self.count = count
-        self.make_handler = make_handler
-        self.once = once
-        self.pids: set[int] = set()
-        self._signals = 0
-
-    def run(self) -> int:
-        """Run until all workers have ended; return the gravest of their exit statuses.
-
-        Told to stop, a pool that runs for ever returns 0: what failed has been logged long ago.
-        """
-        for signum in STOPS:
-            signal.signal(signum, self.stop)
-        for _ in range(self.count):
-            self._start()
-        statuses = {OK}
-        while self.pids:
-            pid, status = os.wait()
-            if pid not in self.pids:
-                continue  # as process 1 of a container one inherits strangers
-            self.pids.discard(pid)
-            if (code := os.waitstatus_to_exitcode(status)) >= 0:
-                statuses.add(code)
-            if code < 0 or (not self.once and code != OK):
-                self._replace(pid, code)
-        return OK if self._signals and not self.once else max(statuses)
-
-    def _replace(self, pid: int, code: int) -> None:
-        if self._signals:
-            return
-        log.warning("worker process %d ended with %d and is replaced", pid, code)
-        time.sleep(0 if code < 0 and self.once else 0.2)  # not in a tight loop
-        self._start()
-
-    def _start(self) -> None:
-        """Start a worker process, unless we are to stop.
-
-        Signals wait from before that look until the child is known here and can stop there, so none
-        is lost between them.
-        """
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
-        if not self._signals:
-            parent = os.getpid()
-            if (pid := os.fork()) == 0:
-                self._work(parent)
-            self.pids.add(pid)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
-
-    def _work(self, parent: int) -> None:
-        """Be a worker process: leave by os._exit and never return."""
-        status = NO_DATABASE
-        try:
-            status = run_here(self.make_handler(parent))
-        except BaseException:
-            log.exception("worker process %d failed", os.getpid())
-        finally:
-            logging.shutdown()
-            os._exit(status)
-
-    def stop(self, _signum: int, _frame: Any) -> None:
-        """Pass the first signal on; a second one kills, and the jobs are found by whoever looks next."""
-        self._signals += 1
-        for pid in self.pids:
-            os.kill(pid, signal.SIGTERM if self._signals == 1 else signal.SIGKILL)
-
-
 def run_here(handler: JobHandler) -> int:
-    """Run `handler` in this process, stopped by SIGTERM and SIGINT.
-
-    In a pool a signal may come twice, from the pool and from the terminal or systemd: there the pool
-    alone decides what is a second one.
-    """
-    for signum in STOPS:
-        signal.signal(signum, handler.stop)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+    """Run `handler` in this process, stopped by SIGTERM and SIGINT."""
+    take_signals(handler.stop)
     return handler.run()
 
 
@@ -499,7 +421,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     if args.workers == 1:
         return run_here(make_handler())
-    return Pool(args.workers, make_handler, args.once).run()
+    return Pool(args.workers, lambda parent: run_here(make_handler(parent)), args.once).run()
 
 
 if __name__ == "__main__":
