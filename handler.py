@@ -14,6 +14,7 @@ SIGTERM or Ctrl-C: the running step is finished and the job handed back; a secon
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import logging
 import os
@@ -154,7 +155,8 @@ class JobHandler(worker.Alone):
                 job = None  # it is put back with whatever else was in hand
                 self._set_back(exc)
         if job:
-            life.release(self.worker, job)
+            with contextlib.suppress(psycopg.Error, jobs.JobTakenOver):  # else it is an orphan soon
+                life.release(self.worker, job)
 
     def _be_there(self) -> None:
         """See to it that there is a connection, nothing left in hand of it, and that we are known."""
