@@ -48,27 +48,67 @@ def read(worker: Worker, job_id: int) -> Job | None:
     return row and Job(*row)
 
 
-# The most urgent job that is due, of a type we know and that may have one more running.
-# SKIP LOCKED: two workers asking at once get two different rows, neither waits; who then updates
-# the row needs no second look, because it is locked and was checked again when the lock was granted.
-# The types come first, as an array, so that the jobs are read in the order of job_instances_free_idx
-# and reading stops at the first that fits: a join would sort them all.
+# The most urgent job that is due, of a type we know and that may have one more running: the
+# highest priority first, then what has been due longest. A plain ORDER BY ... LIMIT 1 over all
+# free jobs reads those that may not be taken as well, and behind 100,000 of them a claim takes 20
+# ms instead of 0.1. So `level` jumps over job_instances_waiting_idx: of each type, its jobs with
+# "test" apart, and priority it reads only the first job, and of a type we do not want only the
+# first of all. If the first of a level is not due yet, none of the level is. Then the levels are
+# tried from the top, and the first job in them that nobody has locked is ours. LATERAL keeps the
+# order and stops at the first: it asks for room in no type that comes later. SKIP LOCKED: two
+# workers asking at once get two different rows, neither waits; who then updates the row needs no
+# second look, because it is locked and was checked again when the lock was granted. One level at a
+# time and not all types at once: with few rows expected the plan for any parameters stays as cheap
+# as the planner's for these, and the statement is not planned anew at each claim.
 CANDIDATE_CTE = """
 candidate AS (
-    SELECT id
-      FROM job_instances
-     WHERE state IN ('Created', 'Queued')
-       AND worker_id IS NULL
-       AND run_after <= now()
-       AND job_type_id = ANY(ARRAY(
-               SELECT id
-                 FROM job_types
-                WHERE %(types)s::jsonb ? name
-                  AND (max_running IS NULL OR job_type_has_room(id, max_running))))
-       AND (%(with_tests)s OR description NOT ILIKE '%%test%%')
-     ORDER BY priority DESC, id
+    WITH RECURSIVE level AS (
+        SELECT -2147483648 AS job_type_id, false AS is_test, -32769 AS priority,  -- before all
+               timestamptz 'infinity' AS run_after, NULL::bigint AS id,
+               true AS is_wanted, NULL::int AS max_running
+         UNION ALL
+        SELECT first.*, t.id IS NOT NULL AND first.is_test <= %(with_tests)s, t.max_running
+          FROM level l
+         CROSS JOIN LATERAL (
+               SELECT j.job_type_id, j.description ILIKE '%%test%%' AS is_test, j.priority::int,
+                      j.run_after, j.id
+                 FROM job_instances j
+                WHERE j.state IN ('Created', 'Queued')
+                  AND j.worker_id IS NULL
+                  AND (j.job_type_id, j.description ILIKE '%%test%%', j.priority)
+                      > (l.job_type_id, l.is_test OR NOT l.is_wanted,
+                         CASE WHEN l.is_wanted THEN l.priority ELSE 32767 END)
+                ORDER BY j.job_type_id, j.description ILIKE '%%test%%', j.priority,
+                         j.run_after, j.id
+                LIMIT 1) AS first
+          LEFT JOIN job_types t ON t.id = first.job_type_id
+                               AND %(types)s::jsonb ? t.name
+                               AND t.max_running IS DISTINCT FROM 0
+    )
+    SELECT j.id
+      FROM (SELECT *
+              FROM level
+             WHERE is_wanted
+               AND run_after <= now()
+             ORDER BY priority DESC, run_after, id) AS l
+     CROSS JOIN LATERAL (
+           SELECT l.max_running IS NULL OR job_type_has_room(l.job_type_id, l.max_running)
+           ) AS type (has_room)  -- apart: asked once per level, not once per job
+     CROSS JOIN LATERAL (
+           SELECT j.id
+             FROM job_instances j
+            WHERE type.has_room
+              AND j.state IN ('Created', 'Queued')
+              AND j.worker_id IS NULL
+              AND j.job_type_id = l.job_type_id
+              AND (j.description ILIKE '%%test%%') = l.is_test
+              AND j.priority = l.priority
+              AND j.run_after <= now()
+              AND (j.run_after, j.id) >= (l.run_after, l.id)  -- not once more what level read past
+            ORDER BY j.run_after, j.id
+            LIMIT 1
+              FOR UPDATE SKIP LOCKED) AS j
      LIMIT 1
-       FOR UPDATE SKIP LOCKED
 )"""
 
 # Not waiting for the disk: a claim that a crash of the server forgets leaves the job free, as it was.

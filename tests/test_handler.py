@@ -168,7 +168,7 @@ def test_a_new_job_wakes_an_idle_worker(start_handler, ask, states, conn):
     start_handler(*SAMPLES, "--poll", "1000")
     wait_for(lambda: conn.execute(  # the last statement of an idle turn
         "SELECT 1 FROM pg_stat_activity WHERE application_name LIKE 'performance server worker %%' "
-        "AND state = 'idle' AND query LIKE '%%SKIP LOCKED%%UPDATE job_instances%%'").fetchone())
+        "AND state = 'idle' AND query LIKE '%%candidate AS (%%'").fetchone())
     ask()
     wait_for(lambda: states() == ["Finished"], timeout=10)
 
