@@ -168,14 +168,14 @@ def retry_job(connection: psycopg.Connection, job_id: int, every_step: bool = Fa
     """Have the Failed steps of a job run again (or `every_step`) and return its new state.
 
     It has all its attempts again. Raise `ValueError` if there is no such job, it has not ended, or
-    another unfinished job has its unique_key.
+    another unfinished job has its unique_key or its window of a schedule.
     """
     try:
         if rows := query(connection, RETRY_SQL, {"job_id": job_id, "all": every_step}):
             return rows[0][0]
     except psycopg.errors.UniqueViolation:
         raise ValueError(f"job {job_id} cannot be retried now: another unfinished job has its "
-                         "unique_key; cancel that one or wait for it") from None
+                         "unique_key or window; cancel that one or wait for it") from None
     raise ValueError(f"job {job_id} cannot be retried: it is {_state(connection, job_id)}; "
                      "only a Failed job can be, or with --all a Finished one")
 

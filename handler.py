@@ -290,8 +290,8 @@ class JobHandler(worker.Alone):
         recovered = (dead and self._housekeep(
             "recovery", lambda: worker.recover(self.worker))) or {}
         self.failed += list(recovered.values()).count("Failed")
-        created = due and self._housekeep(
-            "schedules", lambda: schedules.create_due_jobs(self.worker.connection))
+        created = due and self._housekeep("schedules", lambda: schedules.create_due_jobs(
+            self.worker.connection, failed=self._say_schedule))
         return bool(recovered or created)
 
     def _housekeep(self, duty: str, do: Callable[[], Any]) -> Any:
@@ -303,6 +303,10 @@ class JobHandler(worker.Alone):
                 raise
             self._say(duty, f"{duty}: failed, the jobs go on: {str(exc).strip()}")
             return None
+
+    def _say_schedule(self, schedule_id: int, exc: psycopg.Error) -> None:
+        self._say(f"schedule {schedule_id}",
+                  f"schedule={schedule_id} cannot create its jobs: {str(exc).strip()}")
 
     def _say(self, duty: str, text: str) -> None:
         """Log a warning when what is wrong has changed, else at most once in REPEAT_SECONDS."""

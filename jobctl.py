@@ -346,13 +346,14 @@ def add_schedule(connection: psycopg.Connection, args: argparse.Namespace) -> in
 
 def list_schedules(connection: psycopg.Connection, args: argparse.Namespace) -> int:
     """Print the schedules and when their next window begins."""
-    rows = rows_of(connection, schedules.SCHEDULES_SQL, {"last": args.json})  # without an index: on request only
+    rows = rows_of(connection, schedules.SCHEDULES_SQL)
     if args.json:
         print_json(rows)
         return OK
-    print(table(["id", "type", "enabled", "every", "next window", "delay", "description", "parameters"], [
-        (r["id"], r["job_type"], "yes" if r["enabled"] else "no", r["every"], r["next_start"], r["delay"],
-         r["description"], r["parameters"]) for r in rows]))
+    print(table(["id", "type", "enabled", "every", "counted from", "next window", "delay", "description",
+                 "parameters"], [
+        (r["id"], r["job_type"], "yes" if r["enabled"] else "no", r["every"], r["first_start"], r["next_start"],
+         r["delay"], r["description"], r["parameters"]) for r in rows]))
     return OK
 
 
@@ -361,6 +362,19 @@ def change_schedule(connection: psycopg.Connection, args: argparse.Namespace) ->
     if not query(connection, schedules.CHANGE_SCHEDULE_SQL[args.action], {"id": args.id}):
         raise Refused(f"there is no schedule {args.id}; python jobctl.py schedule list shows them")
     print(f"schedule {args.id}: {args.action}d")
+    return OK
+
+
+def backfill(connection: psycopg.Connection, args: argparse.Namespace) -> int:
+    """Create jobs for windows of a schedule that lack one, and print their ids."""
+    period = args.schedule, parse_time(args.from_time), parse_time(args.to_time), args.which
+    if args.dry_run:
+        print(table(["from", "to", "new job", "because it", "jobs"], [
+            (w.start, w.end, "yes" if w.create else "no", w.why, w.jobs)
+            for w in schedules.windows(connection, *period)]))
+        return OK
+    for job_id in schedules.backfill(connection, *period):
+        print(job_id)
     return OK
 
 
@@ -414,6 +428,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     command = add("prune", prune)
     command.add_argument("--older-than", type=interval, required=True, metavar="TIME", help="e.g. 90d")
     command.add_argument("--dry-run", action="store_true", help="only say how many")
+    command = add("backfill", backfill)
+    command.add_argument("schedule", type=int, metavar="SCHEDULE", help="its id, see schedule list")
+    command.add_argument("--from", dest="from_time", required=True, metavar="TIME",
+                         help="windows that begin at or after 'YYYY-MM-DD HH:MM:SS'")
+    command.add_argument("--to", dest="to_time", required=True, metavar="TIME", help="and before this")
+    which = command.add_mutually_exclusive_group()
+    for name, help_ in (("missing", "windows that have no job (default)"),
+                        ("failed", "also those whose jobs have all Failed"),
+                        ("all", "every window")):
+        which.add_argument(f"--{name}", action="store_const", dest="which", const=name, help=help_)
+    command.set_defaults(which="missing")
+    command.add_argument("--dry-run", action="store_true", help="only list the windows, and why")
     add("doctor", examine, printing)
     schedule(commands, common, printing)
     args, rest = parser.parse_known_args(argv)

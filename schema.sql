@@ -94,23 +94,45 @@ CREATE TABLE IF NOT EXISTS job_schedules (
     description  text         NOT NULL DEFAULT '',
     parameters   jsonb        NOT NULL DEFAULT '{}',
     every        interval     NOT NULL,
+    first_start  timestamptz  NOT NULL,
     next_start   timestamptz  NOT NULL,
     delay        interval     NOT NULL DEFAULT '0',
     enabled      boolean      NOT NULL DEFAULT true,
 
     CONSTRAINT schedule_parameters_are_an_object CHECK (jsonb_typeof(parameters) = 'object'),
     CONSTRAINT schedule_every_is_sensible        CHECK (every > '0' AND every <= '100 years'),
+    CONSTRAINT schedule_every_makes_windows CHECK (  -- whole seconds, and no part of it goes back
+        NOT enabled OR every >= '1 second' AND extract(microsecond FROM every) % 1000000 = 0
+                       AND LEAST(extract(year FROM every), extract(month FROM every), extract(day FROM every),
+                                 extract(hour FROM every), extract(minute FROM every), extract(second FROM every)) >= 0),
     CONSTRAINT schedule_delay_is_sensible        CHECK (delay >= '0' AND delay <= '100 years'),
+    CONSTRAINT schedule_start_is_sensible        CHECK (first_start BETWEEN '1900-01-01 00:00+00' AND '3000-01-01 00:00+00'),
     CONSTRAINT schedule_next_start_is_sensible   CHECK (next_start BETWEEN '1900-01-01 00:00+00' AND '3000-01-01 00:00+00')
 );
 
-COMMENT ON TABLE  job_schedules             IS 'Each row owes one job for every window [next_start, next_start + every), once now() >= next_start + every + delay.';
+ALTER TABLE job_schedules ADD COLUMN IF NOT EXISTS first_start timestamptz;
+
+-- Rows of version 1: a schedule without an anchor begins where it is, and one whose windows make no sense is
+-- switched off, for people to mend.
+DO $$
+BEGIN
+    IF EXISTS (SELECT FROM pg_attribute
+                WHERE attrelid = 'job_schedules'::regclass AND attname = 'first_start' AND NOT attnotnull) THEN
+        UPDATE job_schedules
+           SET first_start = COALESCE(first_start, next_start),
+               enabled = enabled AND every::text !~ '[-.]';  -- neither goes a part of it back nor is it a fraction
+        ALTER TABLE job_schedules ALTER COLUMN first_start SET NOT NULL;
+    END IF;
+END $$;
+
+COMMENT ON TABLE  job_schedules             IS 'Each row owes one job for every window of time from next_start on, once now() >= its end + delay. Windows begin at first_start + n * every, n a whole number, in the calendar of the session''s zone.';
 COMMENT ON COLUMN job_schedules.id          IS 'For job_instances.schedule_id.';
 COMMENT ON COLUMN job_schedules.job_type_id IS 'Which type of job is created.';
 COMMENT ON COLUMN job_schedules.description IS 'Copied to each job; mind that a job with "test" in it is passed over.';
 COMMENT ON COLUMN job_schedules.parameters  IS 'The parameters of each job but start and end, which are the window''s.';
-COMMENT ON COLUMN job_schedules.every       IS 'Length of a window; days and months keep their calendar length in the zone of the session.';
-COMMENT ON COLUMN job_schedules.next_start  IS 'Start of the first window no job was created for; moves on by every with each job.';
+COMMENT ON COLUMN job_schedules.every       IS 'Length of a window, whole seconds or more; days and months keep their calendar length in the zone of the session.';
+COMMENT ON COLUMN job_schedules.first_start IS 'The anchor all windows are counted from; left out in an INSERT: next_start.';
+COMMENT ON COLUMN job_schedules.next_start  IS 'Start of the first window no job was created for; moves on with each job. Left out in an INSERT: first_start.';
 COMMENT ON COLUMN job_schedules.delay       IS 'How long after the end of a window its samples may still come in.';
 COMMENT ON COLUMN job_schedules.enabled     IS 'false: no jobs; the windows missed meanwhile are made up when it is true again.';
 
@@ -126,6 +148,7 @@ CREATE TABLE IF NOT EXISTS job_instances (
     run_after          timestamptz  NOT NULL DEFAULT now(),
     unique_key         text             NULL,
     schedule_id        int              NULL,
+    window_start       timestamptz      NULL,
     attempts           smallint     NOT NULL DEFAULT 0,
     cancel_requested   timestamptz      NULL,
     worker_id          bigint           NULL,
@@ -148,6 +171,8 @@ CREATE TABLE IF NOT EXISTS job_instances (
     autovacuum_vacuum_cost_delay = 0
 );
 
+ALTER TABLE job_instances ADD COLUMN IF NOT EXISTS window_start timestamptz NULL;
+
 COMMENT ON TABLE  job_instances                   IS 'The jobs, one row per request. INSERT (job_type_id, description, parameters) is a complete request.';
 COMMENT ON COLUMN job_instances.id                IS 'The job''s number.';
 COMMENT ON COLUMN job_instances.job_type_id       IS 'What is asked for: SELECT id, name FROM job_types.';
@@ -159,6 +184,7 @@ COMMENT ON COLUMN job_instances.priority          IS 'Higher runs first; among e
 COMMENT ON COLUMN job_instances.run_after         IS 'Not before this moment.';
 COMMENT ON COLUMN job_instances.unique_key        IS 'At most one unfinished job per key; NULL: no such rule.';
 COMMENT ON COLUMN job_instances.schedule_id       IS 'job_schedules.id it was created by, kept when the schedule is gone; NULL: asked for by somebody.';
+COMMENT ON COLUMN job_instances.window_start      IS 'Start of the schedule''s window it was created for: one job per window, unless a backfill asks anew; NULL: none.';
 COMMENT ON COLUMN job_instances.attempts          IS 'How often its steps were run to the end; see job_types.max_attempts. While it is Created: how many workers died taking it up.';
 COMMENT ON COLUMN job_instances.cancel_requested  IS 'When somebody asked to stop it: it stops before its next step and ends Failed, whatever else happens.';
 COMMENT ON COLUMN job_instances.worker_id         IS 'job_workers.id of the worker that has it; NULL: free to take, or over.';
@@ -172,8 +198,7 @@ COMMENT ON COLUMN job_instances.last_state_change IS 'When state last changed, o
 CREATE INDEX IF NOT EXISTS job_instances_waiting_idx
     ON job_instances (job_type_id, (description ILIKE '%test%'), priority, run_after, id)
  WHERE state IN ('Created', 'Queued') AND worker_id IS NULL;
-
-DROP INDEX IF EXISTS job_instances_free_idx;  -- what it was until version 1
+DROP INDEX IF EXISTS job_instances_free_idx;  -- version 1
 
 -- Serves recovery and max_running: the few jobs that somebody has (or claims to have) in hand.
 CREATE INDEX IF NOT EXISTS job_instances_taken_idx
@@ -189,6 +214,17 @@ CREATE UNIQUE INDEX IF NOT EXISTS job_instances_one_live_per_key
     ON job_instances (unique_key)
  WHERE unique_key IS NOT NULL AND state IN ('Created', 'Queued', 'Running') AND cancel_requested IS NULL;
 DROP INDEX IF EXISTS job_instances_one_unfinished_per_key;  -- version 1
+
+-- Serves schedules and backfills: which windows have jobs?
+CREATE INDEX IF NOT EXISTS job_instances_window_idx
+    ON job_instances (schedule_id, window_start)
+ WHERE schedule_id IS NOT NULL;
+
+-- Prevents two unfinished jobs for the same window, whoever asks. That an ended one is not done again by its
+-- schedule is seen to where jobs are created: a backfill may.
+CREATE UNIQUE INDEX IF NOT EXISTS job_instances_one_unfinished_per_window
+    ON job_instances (schedule_id, window_start)
+ WHERE schedule_id IS NOT NULL AND state IN ('Created', 'Queued', 'Running');
 
 
 CREATE TABLE IF NOT EXISTS job_steps (
@@ -385,20 +421,65 @@ CREATE OR REPLACE FUNCTION job_schema_version() RETURNS int
 COMMENT ON FUNCTION job_schema_version() IS 'Version of schema.sql that was applied last; jobctl doctor compares it with the code''s.';
 
 
--- Wakes idle workers. Once per statement and without a payload, because a NOTIFY takes a database-wide lock
--- at commit; only a hint, because workers poll as well.
+-- Wakes idle workers. Once per statement, and only if it has created a job, without a payload: a NOTIFY takes a
+-- database-wide lock at commit. Only a hint, because workers poll as well: who wants to PREPARE TRANSACTION, which
+-- PostgreSQL refuses after a NOTIFY, says SET LOCAL perfdb.notify = 'off'.
 CREATE OR REPLACE FUNCTION job_instances_created() RETURNS trigger
     LANGUAGE plpgsql AS $$
 BEGIN
-    NOTIFY job_instances;
+    IF EXISTS (SELECT FROM created) AND pg_catalog.current_setting('perfdb.notify', true) IS DISTINCT FROM 'off' THEN
+        NOTIFY job_instances;
+    END IF;
     RETURN NULL;
 END $$;
 
-COMMENT ON FUNCTION job_instances_created() IS 'NOTIFY job_instances, once per statement that creates jobs.';
+COMMENT ON FUNCTION job_instances_created() IS 'NOTIFY job_instances, once per statement that creates jobs; perfdb.notify = off: not at all.';
 
 CREATE OR REPLACE TRIGGER job_instances_created
     AFTER INSERT ON job_instances
+    REFERENCING NEW TABLE AS created
     FOR EACH STATEMENT EXECUTE FUNCTION job_instances_created();
+
+
+CREATE OR REPLACE FUNCTION job_schedules_start() RETURNS trigger
+    LANGUAGE plpgsql AS $$
+BEGIN
+    NEW.first_start := COALESCE(NEW.first_start, NEW.next_start);
+    NEW.next_start := COALESCE(NEW.next_start, NEW.first_start);
+    RETURN NEW;
+END $$;
+
+COMMENT ON FUNCTION job_schedules_start() IS 'One of first_start and next_start is enough to add a schedule.';
+
+CREATE OR REPLACE TRIGGER job_schedules_start
+    BEFORE INSERT ON job_schedules
+    FOR EACH ROW EXECUTE FUNCTION job_schedules_start();
+
+
+-- Adding every to the start of the last window would lose the calendar: 31 January, 28 February, 28 March; after a
+-- night without 02:30 every window would begin at 03:30. So each is counted from the anchor, and a window reaches
+-- from its start to the first such point after it: there is neither gap nor overlap, and where two points coincide
+-- (Samoa had no 30 December 2011) no empty window. The estimate is too low by no more than a few: months differ from
+-- the mean by days, days by hours.
+CREATE OR REPLACE FUNCTION job_schedule_window_end(first_start timestamptz, every interval, window_start timestamptz)
+    RETURNS timestamptz
+    LANGUAGE plpgsql STABLE AS $$
+DECLARE
+    mean       double precision := pg_catalog.date_part('epoch', every)  -- which takes a month for 30 days
+                                   + pg_catalog.date_part('month', every) * 0.436875::double precision * 86400;
+    n          double precision := pg_catalog.floor(
+                   pg_catalog.date_part('epoch', window_start - first_start) / NULLIF(mean, 0)) - 3;
+    window_end timestamptz;
+BEGIN
+    WHILE mean > 0 LOOP
+        window_end := first_start + n * every;
+        EXIT WHEN window_end > window_start;
+        n := n + 1;
+    END LOOP;
+    RETURN window_end;
+END $$;
+
+COMMENT ON FUNCTION job_schedule_window_end(timestamptz, interval, timestamptz) IS 'The first point first_start + n * every after window_start, n being any whole number; NULL if every is not positive.';
 
 
 CREATE OR REPLACE FUNCTION job_instances_state_changed() RETURNS trigger
