@@ -459,8 +459,8 @@ CREATE OR REPLACE TRIGGER job_schedules_start
 -- Adding every to the start of the last window would lose the calendar: 31 January, 28 February, 28 March; after a
 -- night without 02:30 every window would begin at 03:30. So each is counted from the anchor, and a window reaches
 -- from its start to the first such point after it: there is neither gap nor overlap, and where two points coincide
--- (Samoa had no 30 December 2011) no empty window. The estimate is too low by no more than a few: months differ from
--- the mean by days, days by hours.
+-- (Samoa had no 30 December 2011) no empty window. The estimate of n is never too high: months differ from their
+-- mean by a few days, days by a few hours, and neither is a whole window.
 CREATE OR REPLACE FUNCTION job_schedule_window_end(first_start timestamptz, every interval, window_start timestamptz)
     RETURNS timestamptz
     LANGUAGE plpgsql STABLE AS $$
@@ -468,7 +468,7 @@ DECLARE
     mean       double precision := pg_catalog.date_part('epoch', every)  -- which takes a month for 30 days
                                    + pg_catalog.date_part('month', every) * 0.436875::double precision * 86400;
     n          double precision := pg_catalog.floor(
-                   pg_catalog.date_part('epoch', window_start - first_start) / NULLIF(mean, 0)) - 3;
+                   pg_catalog.date_part('epoch', window_start - first_start) / NULLIF(mean, 0));
     window_end timestamptz;
 BEGIN
     WHILE mean > 0 LOOP

@@ -35,6 +35,7 @@ import psycopg  # noqa: E402
 from embedded_pg import Server  # noqa: E402
 
 import alarm_calc  # noqa: E402
+import claims  # noqa: E402
 import control  # noqa: E402
 import handler  # noqa: E402
 import jobctl  # noqa: E402
@@ -240,40 +241,62 @@ class Bench:
         return asked
 
     def claims(self) -> None:
-        """One claim behind 100,000 waiting and behind millions of finished jobs, over a small table."""
-        worker = Worker(self.dsn)
-        type_id = self.connection.execute("SELECT id FROM job_types WHERE name = 'Bench Noop'").fetchone()[0]
+        """One claim behind 100,000 jobs, waiting or not to be taken, and behind millions of finished ones."""
+        self.behind_finished(10_000_000)
+        self.behind_waiting(100_000)
 
-        def claim(count: int = 200) -> float:
-            times = []
-            for _ in range(count):
-                times.append(seconds(lambda: worker.claim(["Bench Noop"])))
+    # Jobs that may not be taken: the type of each, and what else makes it so.
+    NOT_TO_BE_TAKEN = {
+        "future": [("Bench Noop", "run_after", "now() + interval '1 day'")],
+        "future, five priorities": [("Bench Noop", "run_after, priority", "now() + interval '1 day', n %% 5")],
+        "paused": [("Bench Paused", "priority", "0")],
+        "full": [("Bench Full", "priority", "0")],
+        "of an unknown type": [("Bench Unknown", "priority", "0")],
+        "test": [("Bench Noop", "description", "'latest'")],
+    }
+    NOT_TO_BE_TAKEN["mixed"] = [kind for kinds in NOT_TO_BE_TAKEN.values() for kind in kinds]
+
+    def behind_waiting(self, many: int) -> None:
+        self.connection.execute("TRUNCATE job_instances, job_steps")
+        self.connection.execute("INSERT INTO job_types (name, max_running) VALUES ('Bench Paused', 0), "
+                                "('Bench Full', 1), ('Bench Unknown', NULL) ON CONFLICT DO NOTHING")
+        small = self.claim_time()
+        for name, kinds in self.NOT_TO_BE_TAKEN.items():
+            self.connection.execute("TRUNCATE job_instances, job_steps")
+            self.fill_waiting("Bench Full", "worker_id", "4711", 1)  # nobody's, and so no longer free
+            for kind in kinds:
+                self.fill_waiting(*kind, many // len(kinds))
+            report(f"claim behind {many:,} jobs {name}, over an empty table",
+                   self.claim_time() / small, 3.0, 1.0, "<")
+        self.connection.execute("TRUNCATE job_instances, job_steps")
+        self.fill_waiting("Bench Noop", "priority", "0", many)
+        report(f"claim behind {many:,} waiting jobs, over an empty table", self.claim_time() / small, better="<")
+        self.connection.execute("TRUNCATE job_instances, job_steps")
+
+    def behind_finished(self, many: int) -> None:
+        self.connection.execute("TRUNCATE job_instances, job_steps")
+        small = self.claim_time()
+        self.fill_waiting("Bench Noop", "state, started, finished", "'Finished', now(), now()", many)
+        report(f"claim behind {many:,} finished jobs, over an empty table", self.claim_time() / small, 1.2, 1.0, "<")
+
+    def fill_waiting(self, type_name: str, columns: str, values: str, count: int) -> None:
+        self.connection.execute(f"INSERT INTO job_instances (job_type_id, {columns}) SELECT id, {values} "  # noqa: S608
+                                "FROM job_types, generate_series(1, %s) n WHERE name = %s", [count, type_name])
+
+    def claim_time(self, count: int = 200) -> float:
+        """Seconds per claim of one of `count` jobs that are due, behind what is there; the best of 3 medians."""
+        worker = Worker(self.dsn)
+        wanted = claims.Wanted.of(["Bench Noop", "Bench Full", "Bench Paused"])
+        self.fill_waiting("Bench Noop", "priority", "-1", count)
+        self.connection.execute("VACUUM ANALYZE job_instances")
+        found = []
+        for _ in range(3):
+            found.append(statistics.median(seconds(lambda: claims.claim(worker, wanted)) for _ in range(count)))
             self.connection.execute("UPDATE job_instances SET worker_id = NULL WHERE worker_id = %s", [worker.id])
             self.connection.execute("VACUUM job_instances")
-            return statistics.median(times)
-
-        def fill(count: int, state: str) -> None:
-            self.connection.execute(
-                "INSERT INTO job_instances (job_type_id, state, started, finished) SELECT %s, %s, "
-                "CASE WHEN %s = 'Finished' THEN now() END, CASE WHEN %s = 'Finished' THEN now() END "
-                "FROM generate_series(1, %s)", [type_id, state, state, state, count])
-            self.connection.execute("VACUUM ANALYZE job_instances")
-
-        self.connection.execute("TRUNCATE job_instances, job_steps")
-        fill(1000, "Created")
-        claim()
-        small = [claim() for _ in range(3)]
-        fill(100_000, "Created")
-        backlog = [claim() for _ in range(3)]
-        self.connection.execute("TRUNCATE job_instances, job_steps")
-        finished = 10_000_000
-        fill(finished, "Finished")
-        fill(1000, "Created")
-        behind = [claim() for _ in range(3)]
-        RAW["claims"] = {"small": small, "backlog": backlog, "finished": behind, "finished_jobs": finished}
-        report("claim behind 100,000 waiting jobs, over 1,000", min(backlog) / min(small), better="<")
-        report(f"claim behind {finished:,} finished jobs, over an empty table", min(behind) / min(small), 1.2, 1.0, "<")
         worker.close()
+        RAW.setdefault("claims", []).append(found)
+        return min(found)
 
     def scale(self) -> None:
         """jobctl list, show, stats behind many finished jobs with five steps each, over a thousand."""

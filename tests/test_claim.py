@@ -25,18 +25,26 @@ def jobs(conn):
         values = {"priority": "0", "run_after": "now()", "description": "''"} | columns
         rows = conn.execute(
             f"INSERT INTO job_instances (job_type_id, {', '.join(values)}) "
-            f"SELECT id, {', '.join(values.values())} FROM job_types, generate_series(1, {count}) n "
-            "WHERE name = %s RETURNING id", [type_name]).fetchall()
+            f"SELECT id, {', '.join(values.values())} "
+            f"FROM job_types, generate_series(1, {count}) n "
+            "WHERE name = %s RETURNING id",
+            [type_name],
+        ).fetchall()
         return [row["id"] for row in rows]
+
     return jobs
 
 
 @pytest.fixture
 def take(conn):
     """Claim a job of the types A and B and return its id, None if there is none."""
+
     def take(connection=conn, with_tests=False):
-        row = connection.execute(TAKE_SQL, {"types": '["A", "B"]', "with_tests": with_tests}).fetchone()
+        row = connection.execute(
+            TAKE_SQL, {"types": '["A", "B"]', "with_tests": with_tests}
+        ).fetchone()
         return row and (row["id"] if isinstance(row, dict) else row[0])
+
     return take
 
 
@@ -53,7 +61,9 @@ def test_the_next_job_has_the_highest_priority_and_was_due_first(jobs, take):
 
 def test_jobs_asked_for_at_once_run_in_their_order_however_they_are_found(jobs, take, conn):
     ids = jobs(count=5)
-    conn.execute("UPDATE job_instances SET description = 'now last in the file' WHERE id = %s", [ids[0]])
+    conn.execute(
+        "UPDATE job_instances SET description = 'now last in the file' WHERE id = %s", [ids[0]]
+    )
     conn.execute("SET enable_indexscan = off")
     assert [take() for _ in range(5)] == ids
 
@@ -95,14 +105,22 @@ def test_a_job_that_was_taken_meanwhile_is_looked_at_again(jobs, take, conn, dsn
     [first], [second] = jobs(), jobs()
     conn.execute("UPDATE job_types SET max_running = 5 WHERE name = 'A'")
     conn.execute("ALTER FUNCTION job_type_has_room RENAME TO real_job_type_has_room")
-    conn.execute("CREATE FUNCTION job_type_has_room(int, int) RETURNS bool LANGUAGE sql VOLATILE "
-                 "AS 'SELECT pg_advisory_lock(1) IS NOT NULL'")  # asked when the levels have been read
-    with (psycopg.connect(dsn, autocommit=True) as slow, psycopg.connect(dsn) as holder,
-          ThreadPoolExecutor() as threads):
+    conn.execute(
+        "CREATE FUNCTION job_type_has_room(int, int) RETURNS bool LANGUAGE sql VOLATILE "
+        "AS 'SELECT pg_advisory_lock(1) IS NOT NULL'"
+    )  # asked when the levels have been read
+    with (
+        psycopg.connect(dsn, autocommit=True) as slow,
+        psycopg.connect(dsn) as holder,
+        ThreadPoolExecutor() as threads,
+    ):
         holder.execute("SELECT pg_advisory_lock(1)")
         claim = threads.submit(take, slow)
-        wait_for(lambda: conn.execute(
-            "SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted").fetchall())
+        wait_for(
+            lambda: conn.execute(
+                "SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+            ).fetchall()
+        )
         conn.execute("UPDATE job_instances SET worker_id = 1 WHERE id = %s", [first])
         holder.close()
         assert claim.result(timeout=20) == second
@@ -115,12 +133,20 @@ def test_a_full_type_is_left_alone_and_the_others_are_taken(jobs, take, conn):
     [other] = jobs("B")
     conn.execute("UPDATE job_types SET max_running = 1 WHERE name = 'A'")
     assert [take() is None for _ in range(3)] == [False, False, True]
-    assert conn.execute("SELECT count(*) FROM job_instances WHERE worker_id IS NOT NULL AND id <> %s",
-                        [other]).fetchone()["count"] == 1
+    assert (
+        conn.execute(
+            "SELECT count(*) FROM job_instances WHERE worker_id IS NOT NULL AND id <> %s", [other]
+        ).fetchone()["count"]
+        == 1
+    )
 
 
-@pytest.mark.parametrize(("max_running", "run_after"), [(0, "now()"), (5, "now() + interval '1 hour'")])
-def test_nobody_is_held_back_by_a_claim_that_cannot_want_his_type(jobs, take, conn, dsn, max_running, run_after):
+@pytest.mark.parametrize(
+    ("max_running", "run_after"), [(0, "now()"), (5, "now() + interval '1 hour'")]
+)
+def test_nobody_is_held_back_by_a_claim_that_cannot_want_his_type(
+    jobs, take, conn, dsn, max_running, run_after
+):
     jobs("A", priority="1", run_after=run_after)
     [other_type] = jobs("B")
     conn.execute("UPDATE job_types SET max_running = %s WHERE name = 'A'", [max_running])
@@ -144,13 +170,20 @@ def test_who_wants_the_same_type_at_the_same_moment_waits_a_moment(jobs, take, c
     """Else a worker would find nothing, and end or sleep, while there is work."""
     ids = jobs("A", 2)
     conn.execute("UPDATE job_types SET max_running = 5 WHERE name = 'A'")
-    conn.execute("CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS "
-                 "$$ BEGIN PERFORM pg_sleep(0.03); RETURN NULL; END $$")
-    conn.execute("CREATE CONSTRAINT TRIGGER slow AFTER UPDATE ON job_instances DEFERRABLE INITIALLY DEFERRED "
-                 "FOR EACH ROW EXECUTE FUNCTION slow()")  # a COMMIT that takes 30 ms
+    conn.execute(
+        "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS "
+        "$$ BEGIN PERFORM pg_sleep(0.03); RETURN NULL; END $$"
+    )
+    conn.execute(
+        "CREATE CONSTRAINT TRIGGER slow AFTER UPDATE ON job_instances "
+        "DEFERRABLE INITIALLY DEFERRED "
+        "FOR EACH ROW EXECUTE FUNCTION slow()"
+    )  # a COMMIT that takes 30 ms
     with psycopg.connect(dsn, autocommit=True) as other, ThreadPoolExecutor() as threads:
         barrier = threading.Barrier(2)
-        taken = threads.map(lambda connection: (barrier.wait(), take(connection))[1], [conn, other])
+        taken = threads.map(
+            lambda connection: (barrier.wait(), take(connection))[1], [conn, other]
+        )
         assert set(taken) == set(ids)
     conn.execute("DROP TRIGGER slow ON job_instances")
     conn.execute("DROP FUNCTION slow")
@@ -159,16 +192,27 @@ def test_who_wants_the_same_type_at_the_same_moment_waits_a_moment(jobs, take, c
 DUE_TOMORROW = {"run_after": "now() + interval '1 day'"}
 
 
-@pytest.mark.parametrize("what", [
-    pytest.param([("A", DUE_TOMORROW)], id="future"),
-    pytest.param([("A", DUE_TOMORROW | {"priority": "n %% 5"})], id="future, many priorities"),
-    pytest.param([("Unknown here", {})], id="unknown type"),
-    pytest.param([("Paused", {})], id="paused"),
-    pytest.param([("Full", {})], id="full"),
-    pytest.param([("A", {"description": "'latest'"})], id="test"),
-    pytest.param([("A", DUE_TOMORROW), ("Paused", {"priority": "2"}), ("Unknown here", {}), ("Full", {}),
-                  ("A", {"description": "'latest'", "priority": "1"})], id="all of them"),
-])
+@pytest.mark.parametrize(
+    "what",
+    [
+        pytest.param([("A", DUE_TOMORROW)], id="future"),
+        pytest.param([("A", DUE_TOMORROW | {"priority": "n %% 5"})], id="future, many priorities"),
+        pytest.param([("Unknown here", {})], id="unknown type"),
+        pytest.param([("Paused", {})], id="paused"),
+        pytest.param([("Full", {})], id="full"),
+        pytest.param([("A", {"description": "'latest'"})], id="test"),
+        pytest.param(
+            [
+                ("A", DUE_TOMORROW),
+                ("Paused", {"priority": "2"}),
+                ("Unknown here", {}),
+                ("Full", {}),
+                ("A", {"description": "'latest'", "priority": "1"}),
+            ],
+            id="all of them",
+        ),
+    ],
+)
 def test_behind_jobs_that_may_not_be_taken_a_claim_reads_no_more_of_them(jobs, conn, what):
     conn.execute("INSERT INTO job_types (name, max_running) VALUES ('Paused', 0), ('Full', 1)")
     jobs("Full", worker_id="4711")
@@ -177,10 +221,16 @@ def test_behind_jobs_that_may_not_be_taken_a_claim_reads_no_more_of_them(jobs, c
     [wanted] = jobs("A", priority="-1")
     conn.execute("ANALYZE job_instances")
     params = {"types": '["A", "B", "Full", "Paused"]', "with_tests": False}
-    plan = conn.execute("EXPLAIN (ANALYZE, FORMAT JSON) " + TAKE_SQL, params).fetchone()["QUERY PLAN"]
+    plan = conn.execute("EXPLAIN (ANALYZE, FORMAT JSON) " + TAKE_SQL, params).fetchone()[
+        "QUERY PLAN"
+    ]
     assert rows_read(plan[0]["Plan"]) < 20, json.dumps(plan, indent=1)
-    assert conn.execute("SELECT worker_id FROM job_instances WHERE id = %s",
-                        [wanted]).fetchone()["worker_id"] == 4711
+    assert (
+        conn.execute("SELECT worker_id FROM job_instances WHERE id = %s", [wanted]).fetchone()[
+            "worker_id"
+        ]
+        == 4711
+    )
 
 
 def rows_read(node):
