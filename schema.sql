@@ -102,25 +102,29 @@ CREATE TABLE IF NOT EXISTS job_schedules (
     CONSTRAINT schedule_parameters_are_an_object CHECK (jsonb_typeof(parameters) = 'object'),
     CONSTRAINT schedule_every_is_sensible        CHECK (every > '0' AND every <= '100 years'),
     CONSTRAINT schedule_every_makes_windows CHECK (  -- whole seconds, and no part of it goes back
-        NOT enabled OR every >= '1 second' AND extract(microsecond FROM every) % 1000000 = 0
-                       AND LEAST(extract(year FROM every), extract(month FROM every), extract(day FROM every),
-                                 extract(hour FROM every), extract(minute FROM every), extract(second FROM every)) >= 0),
+        NOT enabled OR every >= '1 second' AND extract(microsecond FROM every) % 1000000.0 = 0.0
+                       AND LEAST(extract(year FROM every), extract(month FROM every),
+                                 extract(day FROM every), extract(hour FROM every),
+                                 extract(minute FROM every), extract(second FROM every)) >= 0.0),
     CONSTRAINT schedule_delay_is_sensible        CHECK (delay >= '0' AND delay <= '100 years'),
-    CONSTRAINT schedule_start_is_sensible        CHECK (first_start BETWEEN '1900-01-01 00:00+00' AND '3000-01-01 00:00+00'),
+    CONSTRAINT schedule_start_is_sensible        CHECK (
+        first_start BETWEEN '1900-01-01 00:00+00' AND '3000-01-01 00:00+00'),
     CONSTRAINT schedule_next_start_is_sensible   CHECK (next_start BETWEEN '1900-01-01 00:00+00' AND '3000-01-01 00:00+00')
 );
 
 ALTER TABLE job_schedules ADD COLUMN IF NOT EXISTS first_start timestamptz;
 
--- Rows of version 1: a schedule without an anchor begins where it is, and one whose windows make no sense is
--- switched off, for people to mend.
+-- Rows of version 1: a schedule without an anchor begins where it is, and one whose windows make
+-- no sense is switched off, for people to mend: a part of it goes back, or it is no whole seconds.
 DO $$
 BEGIN
     IF EXISTS (SELECT FROM pg_attribute
-                WHERE attrelid = 'job_schedules'::regclass AND attname = 'first_start' AND NOT attnotnull) THEN
+                WHERE attrelid = 'job_schedules'::regclass
+                  AND attname = 'first_start'
+                  AND NOT attnotnull) THEN
         UPDATE job_schedules
            SET first_start = COALESCE(first_start, next_start),
-               enabled = enabled AND every::text !~ '[-.]';  -- neither goes a part of it back nor is it a fraction
+               enabled = enabled AND every::text !~ '[-.]';
         ALTER TABLE job_schedules ALTER COLUMN first_start SET NOT NULL;
     END IF;
 END $$;
@@ -193,8 +197,9 @@ COMMENT ON COLUMN job_instances.started           IS 'When its first step began,
 COMMENT ON COLUMN job_instances.finished          IS 'When it became Finished or Failed.';
 COMMENT ON COLUMN job_instances.last_state_change IS 'When state last changed, or a worker claimed it; kept by a trigger for changes made by hand.';
 
--- Serves CANDIDATE_CTE in claims.py, which reads only the first free job of each type and priority: future jobs
--- stand behind the due ones. None of these columns changes while a job waits, runs or ends.
+-- Serves CANDIDATE_CTE in claims.py, which reads only the first free job of each type and priority:
+-- future jobs stand behind the due ones. None of these columns changes while a job waits, runs or
+-- ends.
 CREATE INDEX IF NOT EXISTS job_instances_waiting_idx
     ON job_instances (job_type_id, (description ILIKE '%test%'), priority, run_after, id)
  WHERE state IN ('Created', 'Queued') AND worker_id IS NULL;
@@ -220,8 +225,8 @@ CREATE INDEX IF NOT EXISTS job_instances_window_idx
     ON job_instances (schedule_id, window_start)
  WHERE schedule_id IS NOT NULL;
 
--- Prevents two unfinished jobs for the same window, whoever asks. That an ended one is not done again by its
--- schedule is seen to where jobs are created: a backfill may.
+-- Prevents two unfinished jobs for the same window, whoever asks. That an ended one is not done again
+-- by its schedule is seen to where jobs are created: a backfill may.
 CREATE UNIQUE INDEX IF NOT EXISTS job_instances_one_unfinished_per_window
     ON job_instances (schedule_id, window_start)
  WHERE schedule_id IS NOT NULL AND state IN ('Created', 'Queued', 'Running');
@@ -421,24 +426,26 @@ CREATE OR REPLACE FUNCTION job_schema_version() RETURNS int
 COMMENT ON FUNCTION job_schema_version() IS 'Version of schema.sql that was applied last; jobctl doctor compares it with the code''s.';
 
 
--- Wakes idle workers. Once per statement, and only if it has created a job, without a payload: a NOTIFY takes a
--- database-wide lock at commit. Only a hint, because workers poll as well: who wants to PREPARE TRANSACTION, which
--- PostgreSQL refuses after a NOTIFY, says SET LOCAL perfdb.notify = 'off'.
-CREATE OR REPLACE FUNCTION job_instances_created() RETURNS trigger
+-- Wakes idle workers. Once per statement, and only if it has created a job, without a payload: a
+-- NOTIFY takes a database-wide lock at commit. Only a hint, because workers poll as well: who wants
+-- to PREPARE TRANSACTION, which PostgreSQL refuses after a NOTIFY, says SET LOCAL perfdb.notify = 'off'.
+CREATE OR REPLACE FUNCTION job_instances_notify() RETURNS trigger
     LANGUAGE plpgsql AS $$
 BEGIN
-    IF EXISTS (SELECT FROM created) AND pg_catalog.current_setting('perfdb.notify', true) IS DISTINCT FROM 'off' THEN
+    IF EXISTS (SELECT FROM created)
+       AND pg_catalog.current_setting('perfdb.notify', true) IS DISTINCT FROM 'off' THEN
         NOTIFY job_instances;
     END IF;
     RETURN NULL;
 END $$;
 
-COMMENT ON FUNCTION job_instances_created() IS 'NOTIFY job_instances, once per statement that creates jobs; perfdb.notify = off: not at all.';
+COMMENT ON FUNCTION job_instances_notify() IS 'NOTIFY job_instances, once per statement that creates jobs; perfdb.notify = off: not at all.';
 
 CREATE OR REPLACE TRIGGER job_instances_created
     AFTER INSERT ON job_instances
     REFERENCING NEW TABLE AS created
-    FOR EACH STATEMENT EXECUTE FUNCTION job_instances_created();
+    FOR EACH STATEMENT EXECUTE FUNCTION job_instances_notify();
+DROP FUNCTION IF EXISTS job_instances_created();  -- version 1, whose trigger knew nothing of `created`
 
 
 CREATE OR REPLACE FUNCTION job_schedules_start() RETURNS trigger
@@ -456,25 +463,27 @@ CREATE OR REPLACE TRIGGER job_schedules_start
     FOR EACH ROW EXECUTE FUNCTION job_schedules_start();
 
 
--- Adding every to the start of the last window would lose the calendar: 31 January, 28 February, 28 March; after a
--- night without 02:30 every window would begin at 03:30. So each is counted from the anchor, and a window reaches
--- from its start to the first such point after it: there is neither gap nor overlap, and where two points coincide
--- (Samoa had no 30 December 2011) no empty window. The estimate of n is never too high: months differ from their
--- mean by a few days, days by a few hours, and neither is a whole window.
-CREATE OR REPLACE FUNCTION job_schedule_window_end(first_start timestamptz, every interval, window_start timestamptz)
-    RETURNS timestamptz
+-- Adding every to the start of the last window would lose the calendar: 31 January, 28 February, 28
+-- March; after a night without 02:30 every window would begin at 03:30. So each is counted from the
+-- anchor, and a window reaches from its start to the first such point after it: there is neither gap
+-- nor overlap, and where two points coincide (Samoa had no 30 December 2011) no empty window. The
+-- estimate of n is never too high: months differ from their mean by a few days, days by a few hours,
+-- and neither is a whole window.
+CREATE OR REPLACE FUNCTION job_schedule_window_end(
+        first_start timestamptz, every interval, window_start timestamptz) RETURNS timestamptz
     LANGUAGE plpgsql STABLE AS $$
 DECLARE
-    mean       double precision := pg_catalog.date_part('epoch', every)  -- which takes a month for 30 days
-                                   + pg_catalog.date_part('month', every) * 0.436875::double precision * 86400;
+    mean       double precision := pg_catalog.date_part('epoch', every)  -- a month for 30 days:
+                   + pg_catalog.date_part('month', every) * 37746::double precision;  -- 0.44 more
     n          double precision := pg_catalog.floor(
-                   pg_catalog.date_part('epoch', window_start - first_start) / NULLIF(mean, 0));
+                   pg_catalog.date_part('epoch', window_start - first_start)
+                   / NULLIF(mean, 0::double precision));
     window_end timestamptz;
 BEGIN
-    WHILE mean > 0 LOOP
+    WHILE mean > 0::double precision LOOP
         window_end := first_start + n * every;
         EXIT WHEN window_end > window_start;
-        n := n + 1;
+        n := n + 1::double precision;
     END LOOP;
     RETURN window_end;
 END $$;
@@ -498,11 +507,11 @@ CREATE OR REPLACE TRIGGER job_instances_state_changed
     EXECUTE FUNCTION job_instances_state_changed();
 
 
--- Counting in the claim itself would race: its snapshot is older than a claim that has just been committed.
--- Here claimers of one type take turns until their claim commits, and the count, a statement of its own in a
--- volatile function, sees all of those before. Whose turn does not come at once passes the type over, because
--- one that hangs at its COMMIT must not hold up all others; a claim that goes well takes a millisecond, so
--- that nobody goes home with nothing while there is work.
+-- Counting in the claim itself would race: its snapshot is older than a claim that has just been
+-- committed. Here claimers of one type take turns until their claim commits, and the count, a
+-- statement of its own in a volatile function, sees all of those before. Whose turn does not come
+-- soon passes the type over, because one that hangs at its COMMIT must not hold up all others; a claim
+-- that goes well takes a millisecond, so nobody goes home with nothing while there is work.
 CREATE OR REPLACE FUNCTION job_type_has_room(job_type_id int, max_running int) RETURNS boolean
     LANGUAGE plpgsql VOLATILE SET lock_timeout = '200ms' AS $$
 BEGIN
