@@ -8,25 +8,15 @@ from collections.abc import Callable, Iterator
 import psycopg
 
 from control import TYPE_NAMES_SQL
+from doctor_schema import schema
 from jobs import JOB_TYPES, parameter_problems
 from parameters import schema_problems
-from perfdb import SCHEMA_VERSION, SHARED, query, sessions_are_shared
+from perfdb import SHARED, query, sessions_are_shared
 
 Findings = Iterator[str]
 
 CLOCK_SECONDS = 5       # this host's clock may differ from the server's by so much
 MOST_CONNECTIONS = 0.9  # of max_connections
-
-
-VERSION_SQL = "SELECT job_schema_version()"
-
-
-def schema(connection: psycopg.Connection) -> Findings:
-    version = query(connection, VERSION_SQL)[0][0]
-    if version < SCHEMA_VERSION:
-        yield f"schema: version {version} is older than these files' {SCHEMA_VERSION}: python jobctl.py init"
-    if version > SCHEMA_VERSION:
-        yield f"schema: version {version} is newer than these files' {SCHEMA_VERSION}: copy the new files here"
 
 
 def types(connection: psycopg.Connection) -> Findings:

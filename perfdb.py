@@ -21,7 +21,7 @@ from psycopg.conninfo import conninfo_to_dict
 from psycopg.rows import tuple_row
 from psycopg.types.json import Jsonb, set_json_loads
 
-SCHEMA_VERSION = 1  # job_schema_version() of the schema.sql beside this file
+SCHEMA_VERSION = 2  # job_schema_version() of the schema.sql beside this file
 
 # A vanished server is noticed within 30 s: 10 s of silence, then 3 probes 5 s apart.
 KEEPALIVES = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3,
