@@ -80,7 +80,7 @@ SCHEDULES_SQL = """
 SELECT s.id, t.name, s.parameters, t.parameters_schema,
        to_char(s.next_start, 'YYYY-MM-DD HH24:MI:SSTZH:TZM'),
        to_char(s.next_start + s.every, 'YYYY-MM-DD HH24:MI:SSTZH:TZM'),
-       s.next_start + s.every * 2 + s.delay < now() - interval '1 hour'
+       s.next_start + s.every * 2::float8 + s.delay < now() - interval '1 hour'
   FROM job_schedules s
   JOIN job_types t ON t.id = s.job_type_id
  WHERE s.enabled
@@ -138,7 +138,7 @@ def old_transactions(connection: psycopg.Connection) -> Findings:
 VACUUM_SQL = """
 SELECT relpages, relallvisible
   FROM pg_class
- WHERE oid = 'feature_values'::regclass
+ WHERE oid = 'feature_values'::regclass::oid
    AND relpages > 1000
    AND relallvisible < relpages / 2
 """

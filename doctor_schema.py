@@ -37,7 +37,7 @@ DESCRIBE_SQL = """
 WITH relation AS (
     SELECT c.oid, c.relname::text AS name, c.relkind,
            CASE WHEN n.oid = pg_my_temp_schema() THEN 'pg_temp.'
-                ELSE quote_ident(n.nspname) || '.' END AS prefix
+                ELSE quote_ident(n.nspname::text) || '.' END AS prefix
       FROM pg_class c
       JOIN pg_namespace n ON n.oid = c.relnamespace
      WHERE c.oid = ANY(%(relations)s)
@@ -47,7 +47,7 @@ WITH relation AS (
                         WHEN 'f' THEN 'foreign table' ELSE 'materialized view' END AS definition
       FROM relation
      UNION ALL
-    SELECT attribute.kind, name || '.' || attname, prefix, attribute.definition
+    SELECT attribute.kind, name || '.' || attname::text, prefix, attribute.definition
       FROM relation
       JOIN pg_attribute a ON a.attrelid = oid AND a.attnum > 0 AND NOT a.attisdropped
       LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
@@ -58,18 +58,18 @@ WITH relation AS (
                             ELSE COALESCE(pg_get_expr(d.adbin, d.adrelid), '') END)
            ) AS attribute(kind, definition)
      UNION ALL
-    SELECT 'constraint', name || '.' || conname, prefix, pg_get_constraintdef(k.oid)
+    SELECT 'constraint', name || '.' || conname::text, prefix, pg_get_constraintdef(k.oid)
       FROM relation
       JOIN pg_constraint k ON k.conrelid = relation.oid AND k.contype IN ('c', 'f', 'p', 'u', 'x')
      UNION ALL
-    SELECT 'index', name || '.' || i.relname, prefix,
+    SELECT 'index', name || '.' || i.relname::text, prefix,
            pg_get_indexdef(x.indexrelid) || CASE WHEN x.indisvalid THEN '' ELSE ' -- INVALID' END
       FROM relation
       JOIN pg_index x ON x.indrelid = relation.oid
       JOIN pg_class i ON i.oid = x.indexrelid
      WHERE NOT EXISTS (SELECT FROM pg_constraint k WHERE k.conindid = x.indexrelid)
      UNION ALL
-    SELECT 'trigger', name || '.' || tgname, prefix,
+    SELECT 'trigger', name || '.' || tgname::text, prefix,
            pg_get_triggerdef(t.oid) || CASE WHEN t.tgenabled = 'D' THEN ' -- DISABLED' ELSE '' END
       FROM relation
       JOIN pg_trigger t ON t.tgrelid = relation.oid AND NOT t.tgisinternal
@@ -78,9 +78,9 @@ WITH relation AS (
       FROM relation
      WHERE relkind = 'v'
      UNION ALL
-    SELECT 'function', proname || '(' || oidvectortypes(proargtypes) || ')',
+    SELECT 'function', proname::text || '(' || oidvectortypes(proargtypes) || ')',
            CASE WHEN n.oid = pg_my_temp_schema() THEN 'pg_temp.'
-                ELSE quote_ident(n.nspname) || '.' END,
+                ELSE quote_ident(n.nspname::text) || '.' END,
            pg_get_functiondef(p.oid)
       FROM pg_proc p
       JOIN pg_namespace n ON n.oid = p.pronamespace
@@ -88,7 +88,7 @@ WITH relation AS (
 )
 SELECT kind, name, replace(definition, prefix, '')
   FROM thing
- ORDER BY array_position(%(kinds)s::text[], kind), name
+ ORDER BY pg_catalog.array_position(%(kinds)s::text[], kind), name
 """
 KINDS = ["relation", "type", "not null", "default", "constraint", "index", "function", "trigger",
          "view"]
@@ -99,18 +99,18 @@ SELECT ARRAY(SELECT oid FROM pg_class WHERE relnamespace = pg_my_temp_schema() A
        ARRAY(SELECT relname::text FROM pg_class
               WHERE relnamespace = pg_my_temp_schema() AND relkind IN ('r', 'v')),
        ARRAY(SELECT oid FROM pg_proc WHERE pronamespace = pg_my_temp_schema()),
-       ARRAY(SELECT proname || '(' || oidvectortypes(proargtypes) || ')'
+       ARRAY(SELECT proname::text || '(' || oidvectortypes(proargtypes) || ')'
                FROM pg_proc WHERE pronamespace = pg_my_temp_schema())
 """
 
 # The same names as the session finds them, with its search_path.
 FOUND_SQL = """
-SELECT ARRAY(SELECT to_regclass(name)::oid FROM unnest(%(relations)s::text[]) AS name
+SELECT ARRAY(SELECT to_regclass(name)::oid FROM pg_catalog.unnest(%(relations)s::text[]) AS name
               WHERE to_regclass(name) IS NOT NULL),
        ARRAY(SELECT p.oid
                FROM pg_proc p
               WHERE pg_function_is_visible(p.oid)
-                AND proname || '(' || oidvectortypes(proargtypes) || ')' = ANY(%(functions)s))
+                AND proname::text || '(' || oidvectortypes(proargtypes) || ')' = ANY(%(functions)s))
 """
 
 

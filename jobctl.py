@@ -241,8 +241,8 @@ def prune(connection: psycopg.Connection, args: argparse.Namespace) -> int:
 # Waiting and running jobs come from the two partial indexes, ended ones from the BRIN index on finished.
 STATS_SQL = """
 SELECT t.name AS job_type, w.waiting, w.oldest_waiting, r.running, e.ended, e.failed,
-       e.ended / GREATEST(extract(epoch FROM %(since)s::interval) / 3600, 1e-6)::float8 AS per_hour,
-       e.failed::float8 / NULLIF(e.ended, 0) AS failure_rate, e.mean_running_time
+       e.ended::float8 / GREATEST(extract(epoch FROM %(since)s::interval) / 3600.0, 1e-6)::float8 AS per_hour,
+       e.failed::float8 / NULLIF(e.ended, 0)::float8 AS failure_rate, e.mean_running_time
   FROM job_types t
  CROSS JOIN LATERAL (
         SELECT count(*) AS waiting, now() - min(GREATEST(created, run_after)) AS oldest_waiting

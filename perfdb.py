@@ -175,7 +175,7 @@ SELECT current_setting('perfdb.settled', true) IS NOT NULL,
 
 SETTLE_SQL = """
 SELECT set_config(wanted.name, wanted.value, false)
-  FROM jsonb_each_text(%s) AS wanted(name, value)
+  FROM jsonb_each_text(%s::jsonb) AS wanted(name, value)
  WHERE current_setting(wanted.name, true) <> wanted.value
 """
 

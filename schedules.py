@@ -45,7 +45,7 @@ WITH RECURSIVE schedule AS MATERIALIZED (
 )
 INSERT INTO job_instances (job_type_id, description, parameters, schedule_id)
 SELECT s.job_type_id, s.description,
-       s.parameters || jsonb_build_object('start', to_char(p.from_time, 'YYYY-MM-DD HH24:MI:SSTZH:TZM'),
+       s.parameters || pg_catalog.jsonb_build_object('start', to_char(p.from_time, 'YYYY-MM-DD HH24:MI:SSTZH:TZM'),
                                           'end',   to_char(p.to_time,   'YYYY-MM-DD HH24:MI:SSTZH:TZM')),
        s.id
   FROM period p

@@ -60,17 +60,17 @@ def _is_current(connection: psycopg.Connection, wanted: Wanted) -> bool:
 @contextlib.contextmanager
 def _turn(connection: psycopg.Connection) -> Iterator[None]:
     """Let two that upgrade at once take turns; the second then finds nothing to do."""
-    connection.execute("SELECT pg_advisory_lock(hashtext('job_schema_version'))")
+    connection.execute("SELECT pg_advisory_lock(hashtext('job_schema_version')::bigint)")
     try:
         yield
     finally:
-        connection.execute("SELECT pg_advisory_unlock(hashtext('job_schema_version'))")
+        connection.execute("SELECT pg_advisory_unlock(hashtext('job_schema_version')::bigint)")
 
 
 OWN_SQL = """
 SELECT name
-  FROM unnest(%(names)s::text[]) AS name
-  JOIN pg_class c ON c.oid = to_regclass(name)
+  FROM pg_catalog.unnest(%(names)s::text[]) AS name
+  JOIN pg_class c ON c.oid = to_regclass(name)::oid
  WHERE c.relkind <> 'r'
 """
 
@@ -105,6 +105,7 @@ TARGETS = [(kind, re.compile(pattern)) for kind, pattern in (
     ("trigger", r"CREATE OR REPLACE TRIGGER (?P<part>\w+)\s[^;]*?\sON (?P<table>\w+)"),
     ("view", r"CREATE OR REPLACE VIEW (?P<table>\w+)"),
     ("type", r"ALTER TABLE (?P<table>\w+)\s+ADD COLUMN IF NOT EXISTS (?P<part>\w+)"),
+    ("default", r"ALTER TABLE (?P<table>\w+) ALTER COLUMN (?P<part>\w+)"),
     ("other", r"(?:COMMENT ON (?:TABLE|COLUMN|VIEW)|ALTER TABLE)\s+(?P<table>\w+)"))]
 
 
@@ -172,10 +173,11 @@ def _mend_constraints(connection: psycopg.Connection, wanted: Wanted) -> None:
 
 
 USERS_SQL = """
-SELECT string_agg(format('session %%s (%%s, %%s, in a transaction since %%s)', a.pid, a.usename,
-                         a.application_name, date_trunc('second', a.xact_start)), ', ' ORDER BY a.pid)
+SELECT string_agg(pg_catalog.format('session %%s (%%s, %%s, in a transaction since %%s)', a.pid, a.usename,
+                                    a.application_name, date_trunc('second', a.xact_start)),
+                  ', ' ORDER BY a.pid)
   FROM pg_stat_activity a
- WHERE a.pid IN (SELECT pid FROM pg_locks WHERE relation = to_regclass(%(table)s) AND granted)
+ WHERE a.pid IN (SELECT pid FROM pg_locks WHERE relation = to_regclass(%(table)s)::oid AND granted)
    AND a.pid <> pg_backend_pid()
 """
 
