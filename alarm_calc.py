@@ -60,7 +60,8 @@ SELECT a.id, a.object_model_id, a.manufacturer_id, a.non_overlapping_alarms, f.i
 # The plan of the calculation is made once and kept; made on an empty history it would read the whole
 # table in every step from then on, however it grows. So it may only be made of index scans.
 TAKE_TURNS_SQL = """
-SELECT pg_advisory_xact_lock('alarms_history'::regclass::oid::int, hashint8(object_id::bigint << 32 | alarm_id::bigint)),
+SELECT pg_advisory_xact_lock('alarms_history'::regclass::oid::int,
+                             hashint8(object_id::bigint << 32 | alarm_id::bigint)),
        set_config('enable_seqscan', 'off', true)
   FROM job_steps
  WHERE id = %(step_id)s
@@ -124,7 +125,8 @@ WITH rule AS MATERIALIZED (
        AND h.start_time < %(end)s
        AND h.end_time > %(start)s
 ), found AS (
-    SELECT COALESCE(triggering, '{}') OPERATOR(pg_catalog.*) pg_catalog.tstzmultirange(pg_catalog.tstzrange(%(start)s, %(end)s))
+    SELECT COALESCE(triggering, '{}')
+           OPERATOR(pg_catalog.*) pg_catalog.tstzmultirange(pg_catalog.tstzrange(%(start)s, %(end)s))
            OPERATOR(pg_catalog.-) COALESCE(covered, '{}') AS inside
       FROM sample, important
 ), old AS MATERIALIZED (

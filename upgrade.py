@@ -57,14 +57,25 @@ def _is_current(connection: psycopg.Connection, wanted: Wanted) -> bool:
     return version == SCHEMA_VERSION and not differences(connection, wanted)
 
 
+TAKE_TURN_SQL = "SELECT pg_try_advisory_lock(hashtext('job_schema_version')::bigint)"
+TURN_OVER_SQL = "SELECT pg_advisory_unlock(hashtext('job_schema_version')::bigint)"
+
+
 @contextlib.contextmanager
 def _turn(connection: psycopg.Connection) -> Iterator[None]:
-    """Let two that upgrade at once take turns; the second then finds nothing to do."""
-    connection.execute("SELECT pg_advisory_lock(hashtext('job_schema_version')::bigint)")
+    """Let two that upgrade at once take turns; the second then finds nothing to do.
+
+    It tries instead of waiting: an index is built only when all statements from before have ended.
+    """
+    while not query(connection, TAKE_TURN_SQL)[0][0]:
+        time.sleep(PAUSE_SECONDS)
+    connection.execute(f"SET lock_timeout = '{LOCK_TIMEOUT}'")
     try:
         yield
     finally:
-        connection.execute("SELECT pg_advisory_unlock(hashtext('job_schema_version')::bigint)")
+        with contextlib.suppress(psycopg.OperationalError):  # lost, and the turn with it
+            connection.execute("SET lock_timeout = 0")
+            connection.execute(TURN_OVER_SQL)
 
 
 OWN_SQL = """
@@ -77,7 +88,7 @@ SELECT name
 
 def _apply(connection: psycopg.Connection, wanted: Wanted) -> None:
     own = [name for (name,) in query(connection, OWN_SQL, {"names": list(PLANT)})]
-    to_own = re.compile(rf"REFERENCES ({'|'.join(own) or '-'}) \(\w+\)")  # a view cannot be referred to
+    to_own = re.compile(rf"REFERENCES ({'|'.join(own) or '-'}) \(\w+\)")  # no view can be its aim
     script = [to_own.sub("", statement) for statement in statements(SCHEMA.read_text())
               if _target(statement)[1].partition(".")[0] not in own]
     if installed_version(connection) is None:
@@ -90,7 +101,7 @@ def _apply(connection: psycopg.Connection, wanted: Wanted) -> None:
         kind, name = target = _target(statement)
         table = name.partition(".")[0]
         if kind == "old index":
-            connection.execute(statement.replace("INDEX", "INDEX CONCURRENTLY", 1))
+            _insist(connection, statement.replace("INDEX", "INDEX CONCURRENTLY", 1), table)
         elif kind == "index" and target in wrong:
             _make_index(connection, statement, wrong[target])
         elif kind == "other" or target in wrong or ("relation", table) in wrong:
@@ -120,11 +131,12 @@ def _target(statement: str) -> Thing:
 
 def _make_index(connection: psycopg.Connection, statement: str, wrong: Difference) -> None:
     """Build an index while everybody goes on; one of that name that is another, or half made, goes."""
-    index = wrong.part
-    say(f"building index {index}: it waits for transactions that are open now, and nobody for it")
     if wrong.found is not None:
-        connection.execute(f"DROP INDEX CONCURRENTLY {index}")
+        _insist(connection, f"DROP INDEX CONCURRENTLY {wrong.part}", wrong.part)
+    say(f"building index {wrong.part}: it waits for changes that are open now, and nobody for it")
+    connection.execute("SET lock_timeout = 0")  # in vain would be dear
     connection.execute(statement.replace("INDEX", "INDEX CONCURRENTLY", 1))
+    connection.execute(f"SET lock_timeout = '{LOCK_TIMEOUT}'")
 
 
 def _insist(connection: psycopg.Connection, statement: str, table: str) -> None:
@@ -133,7 +145,7 @@ def _insist(connection: psycopg.Connection, statement: str, table: str) -> None:
     said = False
     while True:
         try:
-            connection.execute(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'; {statement}")
+            connection.execute(statement)
             return
         except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected):
             users = _users(connection, table)
