@@ -32,8 +32,8 @@ def upgrade(connection: psycopg.Connection) -> list[Difference]:
     """Make the tables, or change them to schema.sql's version; return what is left to be mended.
 
     Where all is as it should be nothing is written and nothing locked. Whatever is in use is tried
-    again each second, for minutes, with a line on stderr; what was done by then stays, and the next
-    call goes on from there. Relations of the site's own (views, foreign tables) stay as they are.
+    again each second, for minutes, with a line on stderr; what was done by then stays, and the
+    next call goes on from there. Relations of the site's own (views, foreign tables) are left.
 
     Raise `ValueError` if the tables are of a newer version, `psycopg.errors.LockNotAvailable` if
     patience ends.
@@ -104,12 +104,14 @@ def _apply(connection: psycopg.Connection, wanted: Wanted) -> None:
             _insist(connection, statement.replace("INDEX", "INDEX CONCURRENTLY", 1), table)
         elif kind == "index" and target in wrong:
             _make_index(connection, statement, wrong[target])
+        elif kind == "view" and target in wrong:
+            _replace_view(connection, statement, table)
         elif kind == "other" or target in wrong or ("relation", table) in wrong:
             _insist(connection, statement, table)
 
 
-# What a statement makes, by which it is found among the differences: it may be left out if it is not
-# there, because it would lock what it finds. The others look for themselves, or lock nothing.
+# What a statement makes, by which it is found among the differences: it may be left out if it is
+# not there, because it would lock what it finds. The others look for themselves, or lock nothing.
 TARGETS = [(kind, re.compile(pattern)) for kind, pattern in (
     ("index", r"CREATE (?:UNIQUE )?INDEX IF NOT EXISTS (?P<part>\w+)\s+ON (?P<table>\w+)"),
     ("old index", r"DROP INDEX IF EXISTS (?P<table>\w+)"),
@@ -130,13 +132,32 @@ def _target(statement: str) -> Thing:
 
 
 def _make_index(connection: psycopg.Connection, statement: str, wrong: Difference) -> None:
-    """Build an index while everybody goes on; one of that name that is another, or half made, goes."""
+    """Build an index while everybody goes on; another of that name, or half of one, goes first."""
     if wrong.found is not None:
         _insist(connection, f"DROP INDEX CONCURRENTLY {wrong.part}", wrong.part)
     say(f"building index {wrong.part}: it waits for changes that are open now, and nobody for it")
     connection.execute("SET lock_timeout = 0")  # in vain would be dear
     connection.execute(statement.replace("INDEX", "INDEX CONCURRENTLY", 1))
     connection.execute(f"SET lock_timeout = '{LOCK_TIMEOUT}'")
+
+
+GRANTS_SQL = """
+SELECT COALESCE(string_agg('GRANT ' || privilege_type || ' ON ' || quote_ident(c.relname::text)
+                           || ' TO ' || COALESCE(quote_ident(r.rolname::text), 'PUBLIC'), '; '), '')
+  FROM pg_class c
+ CROSS JOIN aclexplode(c.relacl) AS a
+  LEFT JOIN pg_roles r ON r.oid = a.grantee
+ WHERE c.oid = to_regclass(%(view)s)::oid
+"""
+
+
+def _replace_view(connection: psycopg.Connection, statement: str, view: str) -> None:
+    """Change a view; where its columns have moved it is made anew, with the rights it had."""
+    try:
+        _insist(connection, statement, view)
+    except psycopg.errors.InvalidTableDefinition:
+        grants = query(connection, GRANTS_SQL, {"view": view})[0][0]
+        _insist(connection, f"DROP VIEW {view}; {statement} {grants}", view)
 
 
 def _insist(connection: psycopg.Connection, statement: str, table: str) -> None:
@@ -150,15 +171,15 @@ def _insist(connection: psycopg.Connection, statement: str, table: str) -> None:
         except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected):
             users = _users(connection, table)
             if time.monotonic() > end:
-                raise ValueError(f"{table} is still in use by {users}; what was done stays: end that "
-                                 f"transaction and call init again") from None
+                raise ValueError(f"{table} is still in use by {users}; what was done stays: end "
+                                 "that transaction and call init again") from None
         if not said:
             said = True
             say(f"{table} is in use by {users}: trying again each second")
         time.sleep(PAUSE_SECONDS)
 
 
-# Rows of version 1 that the constraints of version 2 refuse. A job with run_after 'infinity' waits on.
+# Rows of version 1 that the constraints of version 2 refuse. Who was to wait for ever waits on.
 IN_RANGE_SQL = """
 UPDATE job_instances
    SET run_after = LEAST(GREATEST(run_after, '1900-01-01 00:00+00'), '3000-01-01 00:00+00')
@@ -166,7 +187,8 @@ UPDATE job_instances
 """
 SHORTER_SQL = """
 UPDATE job_types
-   SET step_timeout = LEAST(step_timeout, '100 years'), retry_delay = LEAST(retry_delay, '100 years')
+   SET step_timeout = LEAST(step_timeout, '100 years'),
+       retry_delay  = LEAST(retry_delay, '100 years')
  WHERE GREATEST(step_timeout, retry_delay) > '100 years'
 """
 
@@ -185,9 +207,9 @@ def _mend_constraints(connection: psycopg.Connection, wanted: Wanted) -> None:
 
 
 USERS_SQL = """
-SELECT string_agg(pg_catalog.format('session %%s (%%s, %%s, in a transaction since %%s)', a.pid, a.usename,
-                                    a.application_name, date_trunc('second', a.xact_start)),
-                  ', ' ORDER BY a.pid)
+SELECT string_agg(pg_catalog.format('session %%s (%%s, %%s, in a transaction since %%s)',
+                                    a.pid, a.usename, a.application_name,
+                                    date_trunc('second', a.xact_start)), ', ' ORDER BY a.pid)
   FROM pg_stat_activity a
  WHERE a.pid IN (SELECT pid FROM pg_locks WHERE relation = to_regclass(%(table)s)::oid AND granted)
    AND a.pid <> pg_backend_pid()

@@ -1,11 +1,11 @@
 """No statement of the toolkit calls a function or operator that somebody else has slipped in.
 
 Whoever may create objects in a schema on the search_path (in PostgreSQL 14 anybody, in public) can
-make a function that fits a call better than PostgreSQL's own: format(text, bigint, bigint) is nearer
-than format(text, VARIADIC "any"), and jsonb ->> jsonb is nearer to jsonb ->> 'name' than jsonb ->> text.
-Here there is one for every call that leaves room for it, and each statement is read by PostgreSQL as
-the body of a function, which remembers what it would call. Remedy: give the very types (::text), or
-write pg_catalog.format.
+make a function that fits a call better than PostgreSQL's own: format(text, bigint, bigint) is
+nearer than format(text, VARIADIC "any"), and to jsonb ->> 'name' jsonb ->> jsonb is nearer than
+jsonb ->> text. Here there is one for every call that leaves room, and each statement is read by
+PostgreSQL as the body of a function, which remembers what it would call. Remedy: give the very
+types (::text), or write pg_catalog.format.
 """
 
 import importlib
@@ -21,8 +21,8 @@ ROOT = Path(__file__).parents[1]
 STATEMENT = re.compile(r"\s*(WITH|SELECT|INSERT|UPDATE|DELETE)\b")
 PLACEHOLDER = re.compile(r"%\(\w+\)s|%s\b")
 
-# Operators for every pair of types that PostgreSQL has none of its own for, and functions of the names
-# that the statements call, where PostgreSQL's own take as many arguments and not just these.
+# Operators for every pair of types that PostgreSQL has none of its own for, and functions of the
+# names that the statements call, where PostgreSQL's own take as many arguments and not just these.
 MAKE_SQL = """
 CREATE SCHEMA look_alike;
 DO $make$
@@ -30,15 +30,17 @@ DECLARE
     types text[] := '{int2,int4,int8,float8,numeric,text,name,jsonb,timestamptz,interval,bool,oid,
                       regclass,tstzrange,tstzmultirange,text[],int4[]}';
     few text[] := '{int2,int4,int8,text}';
+    operators text[] := string_to_array(
+        '= <> < > <= >= + - * / || -> ->> ? @> <@ && ~~ ~~* !~~* ~ | <<', ' ');
     it record;
 BEGIN
     FOR it IN SELECT a, b FROM unnest(types) AS a, unnest(types) AS b LOOP
-        EXECUTE format('CREATE FUNCTION look_alike.f(%%s, %%s) RETURNS bool RETURN true', it.a, it.b);
+        EXECUTE format('CREATE FUNCTION look_alike.f(%%s, %%s) RETURNS bool RETURN true',
+                       it.a, it.b);
     END LOOP;
     FOR it IN
         SELECT op, a, b
-          FROM unnest(string_to_array('= <> < > <= >= + - * / || -> ->> ? @> <@ && ~~ ~~* !~~* ~ | <<', ' ')) AS op,
-               unnest(types) AS a, unnest(types) AS b
+          FROM unnest(operators) AS op, unnest(types) AS a, unnest(types) AS b
          WHERE to_regoperator(format('pg_catalog.%%s(%%s,%%s)', op, a, b)) IS NULL
     LOOP
         EXECUTE format('CREATE OPERATOR look_alike.%%s (LEFTARG = %%s, RIGHTARG = %%s, '
@@ -53,7 +55,8 @@ BEGIN
                  UNION ALL
                 SELECT 2, concat_ws(',', a, b) FROM unnest(types) AS a, unnest(types) AS b
                  UNION ALL
-                SELECT 3, concat_ws(',', a, b, c) FROM unnest(few) AS a, unnest(few) AS b, unnest(few) AS c
+                SELECT 3, concat_ws(',', a, b, c)
+                  FROM unnest(few) AS a, unnest(few) AS b, unnest(few) AS c
                  UNION ALL
                 SELECT 4, concat_ws(',', a, b, c, d)
                   FROM unnest('{int8,text}'::text[]) AS a, unnest('{int8,text}'::text[]) AS b,
@@ -68,14 +71,16 @@ END $make$
 """
 
 CALLED_SQL = """
-SELECT DISTINCT pg_describe_object(refclassid, refobjid, 0)
+WITH look_alike(classid, objid) AS (
+    SELECT 'pg_proc'::regclass, oid FROM pg_proc WHERE pronamespace = 'look_alike'::regnamespace
+     UNION ALL
+    SELECT 'pg_operator'::regclass, oid FROM pg_operator
+     WHERE oprnamespace = 'look_alike'::regnamespace
+)
+SELECT pg_describe_object(d.classid, d.objid, 0), pg_describe_object(refclassid, refobjid, 0)
   FROM pg_depend d
- WHERE d.classid = 'pg_proc'::regclass
-   AND d.objid = 'probe()'::regprocedure
-   AND (   refclassid = 'pg_proc'::regclass
-           AND refobjid IN (SELECT oid FROM pg_proc WHERE pronamespace = 'look_alike'::regnamespace)
-        OR refclassid = 'pg_operator'::regclass
-           AND refobjid IN (SELECT oid FROM pg_operator WHERE oprnamespace = 'look_alike'::regnamespace))
+ WHERE (refclassid, refobjid) IN (SELECT classid, objid FROM look_alike)
+   AND (classid, objid) NOT IN (SELECT classid, objid FROM look_alike)
 """
 
 
@@ -88,18 +93,6 @@ def statements():
                 if isinstance(text, str) and STATEMENT.match(text):
                     found.setdefault(text, f"{path.stem}.{name}")
     return found
-
-
-SETTLED_SQL = """
-SELECT pg_describe_object(d.classid, d.objid, d.objsubid), pg_describe_object(refclassid, refobjid, 0)
-  FROM pg_depend d
- WHERE (   refclassid = 'pg_proc'::regclass
-           AND refobjid IN (SELECT oid FROM pg_proc WHERE pronamespace = 'look_alike'::regnamespace)
-        OR refclassid = 'pg_operator'::regclass
-           AND refobjid IN (SELECT oid FROM pg_operator WHERE oprnamespace = 'look_alike'::regnamespace))
-   AND NOT (classid = 'pg_operator'::regclass
-            AND objid IN (SELECT oid FROM pg_operator WHERE oprnamespace = 'look_alike'::regnamespace))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -120,10 +113,11 @@ def called(conn, text, path):
         conn.execute(f"SET LOCAL search_path = {path}")
         conn.execute(f"CREATE FUNCTION probe() RETURNS void BEGIN ATOMIC {body}; END")
         conn.execute("SET LOCAL search_path = public")
-        return [called for (called,) in conn.execute(CALLED_SQL)]
+        return conn.execute(CALLED_SQL).fetchall()
 
 
-@pytest.mark.parametrize("text", [pytest.param(text, id=name) for text, name in statements().items()])
+@pytest.mark.parametrize("text", [
+    pytest.param(text, id=name) for text, name in statements().items()])
 def test_statements_call_nothing_but_postgresqls_own(conn, text):
     assert called(conn, text, "public") == []  # it can be read at all
     assert called(conn, text, "public, look_alike") == []
@@ -137,7 +131,8 @@ def test_views_checks_defaults_and_triggers_neither(conn):
             INSERT INTO job_types (name, max_running) VALUES ('Noop', 1);
             INSERT INTO job_instances (job_type_id, last_state_change) VALUES (1, '2026-01-01');
             UPDATE job_instances SET state = 'Queued'""")
-        assert conn.execute("SELECT last_state_change > '2026-01-01'::timestamptz, job_type_has_room(1, 1) "
-                            "FROM job_instances").fetchall() == [(True, True)]
+        assert conn.execute("""
+            SELECT last_state_change > '2026-01-01'::timestamptz, job_type_has_room(1, 1)
+              FROM job_instances""").fetchall() == [(True, True)]
         conn.execute("SET LOCAL search_path = public")
-        assert conn.execute(SETTLED_SQL).fetchall() == []
+        assert conn.execute(CALLED_SQL).fetchall() == []
