@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import psycopg
 
 from control import TYPE_NAMES_SQL
+from doctor_database import CHECKS as DATABASE_CHECKS
 from doctor_schema import schema
 from jobs import JOB_TYPES, parameter_problems
 from parameters import schema_problems
@@ -197,7 +198,8 @@ def pooler(connection: psycopg.Connection, other: psycopg.Connection) -> Finding
 
 
 CHECKS: list[Callable[[psycopg.Connection], Findings]] = [
-    schema, types, orphans, waiting, schedules, long_steps, old_transactions, vacuum, connections, clock]
+    schema, types, orphans, waiting, schedules, long_steps, old_transactions, vacuum, connections, clock,
+    *DATABASE_CHECKS]
 
 
 def examine(connection: psycopg.Connection, other: psycopg.Connection) -> list[str]:
