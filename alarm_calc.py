@@ -51,7 +51,7 @@ ALARMS_SQL = """
 SELECT a.id, a.object_model_id, a.manufacturer_id, a.non_overlapping_alarms, f.id AS feature_id, m.name AS model
   FROM alarms a
   JOIN object_models m ON m.id = a.object_model_id
-  LEFT JOIN features f ON f.object_model_id = a.object_model_id AND f.name = a.trigger->>'feature_name'
+  LEFT JOIN features f ON f.object_model_id = a.object_model_id AND f.name = a.trigger->>'feature_name'::text
  WHERE a.object_model_id = ANY(%(models)s)
 """
 
@@ -60,7 +60,8 @@ SELECT a.id, a.object_model_id, a.manufacturer_id, a.non_overlapping_alarms, f.i
 # The plan of the calculation is made once and kept; made on an empty history it would read the whole
 # table in every step from then on, however it grows. So it may only be made of index scans.
 TAKE_TURNS_SQL = """
-SELECT pg_advisory_xact_lock('alarms_history'::regclass::oid::int, hashint8(object_id::bigint << 32 | alarm_id)),
+SELECT pg_advisory_xact_lock('alarms_history'::regclass::oid::int,
+                             hashint8(object_id::bigint << 32 | alarm_id::bigint)),
        set_config('enable_seqscan', 'off', true)
   FROM job_steps
  WHERE id = %(step_id)s
@@ -83,10 +84,10 @@ SELECT pg_advisory_xact_lock('alarms_history'::regclass::oid::int, hashint8(obje
 CALCULATE_SQL = """
 WITH rule AS MATERIALIZED (
     SELECT s.object_id, a.id AS alarm_id, f.id AS feature_id, f.sample_interval,
-           CASE a.trigger->>'threshold_type'
-                WHEN 'high' THEN (a.trigger->>'threshold_value')::float8 END AS above,
-           CASE a.trigger->>'threshold_type'
-                WHEN 'low'  THEN (a.trigger->>'threshold_value')::float8 ELSE 'NaN' END AS below,
+           CASE a.trigger->>'threshold_type'::text
+                WHEN 'high' THEN (a.trigger->>'threshold_value'::text)::float8 END AS above,
+           CASE a.trigger->>'threshold_type'::text
+                WHEN 'low'  THEN (a.trigger->>'threshold_value'::text)::float8 ELSE 'NaN' END AS below,
            ARRAY(SELECT i.id
                    FROM alarms i
                   WHERE i.object_model_id = a.object_model_id
@@ -94,21 +95,21 @@ WITH rule AS MATERIALIZED (
       FROM job_steps s
       JOIN alarms a   ON a.id = s.alarm_id
       JOIN features f ON f.object_model_id = a.object_model_id
-                     AND f.name = a.trigger->>'feature_name'
+                     AND f.name = a.trigger->>'feature_name'::text
      WHERE s.id = %(step_id)s
-       AND a.trigger->>'trigger_type' = 'threshold'
-       AND a.trigger->>'threshold_type' IN ('high', 'low')
-       AND CASE WHEN jsonb_typeof(a.trigger->'threshold_value') = 'number'
-                THEN abs((a.trigger->>'threshold_value')::numeric) <= 1e300 END
+       AND a.trigger->>'trigger_type'::text = 'threshold'
+       AND a.trigger->>'threshold_type'::text IN ('high', 'low')
+       AND CASE WHEN jsonb_typeof(a.trigger->'threshold_value'::text) = 'number'
+                THEN abs((a.trigger->>'threshold_value'::text)::numeric) <= 1e300 END
        AND NOT EXISTS (
              SELECT FROM job_steps other
               WHERE other.job_instance_id = s.job_instance_id
                 AND other.position BETWEEN s.position - %(alarms)s AND s.position - 1
                 AND other.object_id = s.object_id
                 AND other.state = 'Failed'
-                AND other.parameters->'manufacturer_id' <@ to_jsonb(a.non_overlapping_alarms))
+                AND other.parameters->'manufacturer_id'::text <@ pg_catalog.to_jsonb(a.non_overlapping_alarms))
 ), sample AS (
-    SELECT range_agg(tstzrange(v.timestamp - (SELECT sample_interval FROM rule), v.timestamp)) AS triggering
+    SELECT pg_catalog.range_agg(tstzrange(v.timestamp - (SELECT sample_interval FROM rule), v.timestamp)) AS triggering
       FROM feature_values v
      WHERE v.object_id = (SELECT object_id FROM rule)
        AND v.feature_id = (SELECT feature_id FROM rule)
@@ -117,15 +118,16 @@ WITH rule AS MATERIALIZED (
        AND (v.value > (SELECT above FROM rule)) IS NOT FALSE
        AND v.value < (SELECT below FROM rule)
 ), important AS (
-    SELECT range_agg(tstzrange(h.start_time, h.end_time)) AS covered
+    SELECT pg_catalog.range_agg(tstzrange(h.start_time, h.end_time)) AS covered
       FROM alarms_history h
      WHERE h.object_id = (SELECT object_id FROM rule)
        AND h.alarm_id = ANY((SELECT important_ids FROM rule)::int[])
        AND h.start_time < %(end)s
        AND h.end_time > %(start)s
 ), found AS (
-    SELECT COALESCE(triggering, '{}') * tstzmultirange(tstzrange(%(start)s, %(end)s))
-           - COALESCE(covered, '{}') AS inside
+    SELECT COALESCE(triggering, '{}')
+           OPERATOR(pg_catalog.*) pg_catalog.tstzmultirange(pg_catalog.tstzrange(%(start)s, %(end)s))
+           OPERATOR(pg_catalog.-) COALESCE(covered, '{}') AS inside
       FROM sample, important
 ), old AS MATERIALIZED (
     SELECT h.id, h.start_time, h.end_time
@@ -135,12 +137,12 @@ WITH rule AS MATERIALIZED (
        AND h.start_time <= %(end)s
        AND h.end_time >= %(start)s
 ), outside AS (
-    SELECT COALESCE(range_agg(tstzrange(start_time, end_time)), '{}')
-           - tstzmultirange(tstzrange(%(start)s, %(end)s)) AS kept
+    SELECT COALESCE(pg_catalog.range_agg(tstzrange(start_time, end_time)), '{}')
+           OPERATOR(pg_catalog.-) pg_catalog.tstzmultirange(pg_catalog.tstzrange(%(start)s, %(end)s)) AS kept
       FROM old
 ), period AS MATERIALIZED (
-    SELECT lower(p) AS start_time, upper(p) AS end_time
-      FROM found, outside, unnest(found.inside + outside.kept) AS p
+    SELECT pg_catalog.lower(p) AS start_time, pg_catalog.upper(p) AS end_time
+      FROM found, outside, pg_catalog.unnest(found.inside OPERATOR(pg_catalog.+) outside.kept) AS p
 ), gone AS (
     DELETE FROM alarms_history
      WHERE id = ANY(ARRAY(SELECT id FROM old WHERE start_time NOT IN (SELECT start_time FROM period)))
@@ -159,8 +161,8 @@ WITH rule AS MATERIALIZED (
      WHERE period.start_time NOT IN (SELECT start_time FROM old)
 )
 SELECT (SELECT count(*) FROM period WHERE start_time < %(end)s AND end_time > %(start)s) AS periods,
-       (SELECT COALESCE(sum(extract(epoch FROM upper(r) - lower(r))), 0)::float8
-          FROM found, unnest(found.inside) AS r) AS seconds
+       (SELECT COALESCE(sum(extract(epoch FROM pg_catalog.upper(r) - pg_catalog.lower(r))), 0)::float8
+          FROM found, pg_catalog.unnest(found.inside) AS r) AS seconds
   FROM rule
 """
 

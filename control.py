@@ -25,7 +25,7 @@ TYPE_NAMES_SQL = "SELECT name FROM job_types ORDER BY name"
 
 CHANGED_TYPES_SQL = """
 SELECT known.name
-  FROM jsonb_to_recordset(%(types)s) AS known(name text, description text, parameters_schema jsonb)
+  FROM jsonb_to_recordset(%(types)s::jsonb) AS known(name text, description text, parameters_schema jsonb)
  WHERE NOT EXISTS (
          SELECT FROM job_types t
           WHERE t.name = known.name
@@ -38,7 +38,7 @@ SELECT known.name
 WRITE_TYPES_SQL = """
 WITH known AS (
     SELECT name, description, parameters_schema
-      FROM jsonb_to_recordset(%(types)s) AS t(name text, description text, parameters_schema jsonb)
+      FROM jsonb_to_recordset(%(types)s::jsonb) AS t(name text, description text, parameters_schema jsonb)
 ), changed AS (
     UPDATE job_types t
        SET description = known.description, parameters_schema = known.parameters_schema
@@ -58,7 +58,7 @@ ON CONFLICT (name) DO NOTHING
 CREATE_SQL = """
 INSERT INTO job_instances (job_type_id, description, parameters, priority, run_after, unique_key)
 SELECT %(type_id)s, %(description)s, p.parameters, %(priority)s, COALESCE(%(run_after)s, now()), %(unique_key)s
-  FROM jsonb_array_elements(%(parameters)s) WITH ORDINALITY AS p(parameters, n)
+  FROM jsonb_array_elements(%(parameters)s::jsonb) WITH ORDINALITY AS p(parameters, n)
  ORDER BY n
 ON CONFLICT (unique_key) WHERE unique_key IS NOT NULL AND state IN ('Created', 'Queued', 'Running')
                               AND cancel_requested IS NULL

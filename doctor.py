@@ -8,25 +8,16 @@ from collections.abc import Callable, Iterator
 import psycopg
 
 from control import TYPE_NAMES_SQL
+from doctor_database import CHECKS as DATABASE_CHECKS
+from doctor_schema import schema
 from jobs import JOB_TYPES, parameter_problems
 from parameters import schema_problems
-from perfdb import SCHEMA_VERSION, SHARED, query, sessions_are_shared
+from perfdb import SHARED, query, sessions_are_shared
 
 Findings = Iterator[str]
 
 CLOCK_SECONDS = 5       # this host's clock may differ from the server's by so much
 MOST_CONNECTIONS = 0.9  # of max_connections
-
-
-VERSION_SQL = "SELECT job_schema_version()"
-
-
-def schema(connection: psycopg.Connection) -> Findings:
-    version = query(connection, VERSION_SQL)[0][0]
-    if version < SCHEMA_VERSION:
-        yield f"schema: version {version} is older than these files' {SCHEMA_VERSION}: python jobctl.py init"
-    if version > SCHEMA_VERSION:
-        yield f"schema: version {version} is newer than these files' {SCHEMA_VERSION}: copy the new files here"
 
 
 def types(connection: psycopg.Connection) -> Findings:
@@ -90,7 +81,7 @@ SCHEDULES_SQL = """
 SELECT s.id, t.name, s.parameters, t.parameters_schema,
        to_char(s.next_start, 'YYYY-MM-DD HH24:MI:SSTZH:TZM'),
        to_char(s.next_start + s.every, 'YYYY-MM-DD HH24:MI:SSTZH:TZM'),
-       s.next_start + s.every * 2 + s.delay < now() - interval '1 hour'
+       s.next_start + s.every * 2::float8 + s.delay < now() - interval '1 hour'
   FROM job_schedules s
   JOIN job_types t ON t.id = s.job_type_id
  WHERE s.enabled
@@ -148,7 +139,7 @@ def old_transactions(connection: psycopg.Connection) -> Findings:
 VACUUM_SQL = """
 SELECT relpages, relallvisible
   FROM pg_class
- WHERE oid = 'feature_values'::regclass
+ WHERE oid = 'feature_values'::regclass::oid
    AND relpages > 1000
    AND relallvisible < relpages / 2
 """
@@ -207,7 +198,8 @@ def pooler(connection: psycopg.Connection, other: psycopg.Connection) -> Finding
 
 
 CHECKS: list[Callable[[psycopg.Connection], Findings]] = [
-    schema, types, orphans, waiting, schedules, long_steps, old_transactions, vacuum, connections, clock]
+    schema, types, orphans, waiting, schedules, long_steps, old_transactions, vacuum, connections, clock,
+    *DATABASE_CHECKS]
 
 
 def examine(connection: psycopg.Connection, other: psycopg.Connection) -> list[str]:

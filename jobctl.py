@@ -30,12 +30,12 @@ from psycopg.rows import dict_row
 import control
 import handler
 import schedules
+import upgrade
 from parameters import parse as parse_parameters
-from perfdb import connect, connect_plainly, parse_time, query
+from perfdb import UnfitDatabase, connect, connect_plainly, parse_time, query, refuse_unfit
 from tables import duration, print_json, table, text
 
 OK, FAILED, USAGE, NO_DATABASE = 0, 1, 2, 3  # exit status; 2 is argparse's
-SCHEMA = Path(__file__).with_name("schema.sql")
 
 
 class Refused(Exception):
@@ -51,11 +51,13 @@ def rows_of(connection: psycopg.Connection, sql: str, params: Any = None) -> lis
 
 
 def init(connection: psycopg.Connection, args: argparse.Namespace) -> int:
-    """Apply schema.sql, in one transaction, and write the job types with their schemas."""
-    with connection.transaction():
-        connection.execute(SCHEMA.read_text())
-        control.write_types(connection)
-    return OK
+    """Make or upgrade the tables (schema.sql), and write the job types with their schemas."""
+    refuse_unfit(connection, args.dsn)
+    left = upgrade.upgrade(connection)
+    control.write_types(connection)
+    for one in left:
+        complain(f"{one}", FAILED)
+    return FAILED if left else OK
 
 
 def create(connection: psycopg.Connection, args: argparse.Namespace) -> int:
@@ -239,8 +241,8 @@ def prune(connection: psycopg.Connection, args: argparse.Namespace) -> int:
 # Waiting and running jobs come from the two partial indexes, ended ones from the BRIN index on finished.
 STATS_SQL = """
 SELECT t.name AS job_type, w.waiting, w.oldest_waiting, r.running, e.ended, e.failed,
-       e.ended / GREATEST(extract(epoch FROM %(since)s::interval) / 3600, 1e-6)::float8 AS per_hour,
-       e.failed::float8 / NULLIF(e.ended, 0) AS failure_rate, e.mean_running_time
+       e.ended::float8 / GREATEST(extract(epoch FROM %(since)s::interval) / 3600.0, 1e-6)::float8 AS per_hour,
+       e.failed::float8 / NULLIF(e.ended, 0)::float8 AS failure_rate, e.mean_running_time
   FROM job_types t
  CROSS JOIN LATERAL (
         SELECT count(*) AS waiting, now() - min(GREATEST(created, run_after)) AS oldest_waiting
@@ -493,6 +495,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return args.run(connection, args)
     except psycopg.errors.UndefinedTable:
         return complain("the tables are missing: run `python jobctl.py init`", NO_DATABASE)
+    except UnfitDatabase as exc:
+        return complain(str(exc), NO_DATABASE)
     except psycopg.OperationalError as exc:
         return complain(f"cannot reach the database: {str(exc).strip()}", NO_DATABASE)
     except (Refused, ValueError, OverflowError, psycopg.Error) as exc:

@@ -89,13 +89,13 @@ WITH job AS (
 ), step AS (
     INSERT INTO job_steps (job_instance_id, position, name, object_id, alarm_id, feature_id,
                            parameters, state, started, attempts)
-    SELECT job.id, position, COALESCE(s.name, 'step ' || position),
+    SELECT job.id, position, COALESCE(s.name, 'step ' || position::text),
            s.object_id, s.alarm_id, s.feature_id, COALESCE(s.parameters, '{}'),
            CASE WHEN position = 1 AND job.state = 'Running' THEN 'Running' ELSE 'Created' END,
            CASE WHEN position = 1 THEN job.started END,
            CASE WHEN position = 1 AND job.state = 'Running' THEN 1 ELSE 0 END
       FROM job,
-           ROWS FROM (jsonb_to_recordset(%(steps)s) AS (
+           ROWS FROM (jsonb_to_recordset(%(steps)s::jsonb) AS (
                name text, object_id int, alarm_id int, feature_id int, parameters jsonb
            )) WITH ORDINALITY AS s(name, object_id, alarm_id, feature_id, parameters, position)
     RETURNING id

@@ -28,7 +28,7 @@ OBJECT_FILTER = {"type": "object", "required": ["selected"], "additionalProperti
 SELECT_SQL = """
 WITH RECURSIVE asked AS (
     SELECT half.key AS half, kind.key AS kind, name
-      FROM jsonb_each(%(filter)s) AS half,
+      FROM jsonb_each(%(filter)s::jsonb) AS half,
            jsonb_each(half.value) AS kind,
            jsonb_array_elements_text(kind.value) AS name
 ), below AS (

@@ -21,7 +21,7 @@ from psycopg.conninfo import conninfo_to_dict
 from psycopg.rows import tuple_row
 from psycopg.types.json import Jsonb, set_json_loads
 
-SCHEMA_VERSION = 1  # job_schema_version() of the schema.sql beside this file
+SCHEMA_VERSION = 2  # job_schema_version() of the schema.sql beside this file
 
 # A vanished server is noticed within 30 s: 10 s of silence, then 3 probes 5 s apart.
 KEEPALIVES = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3,
@@ -175,7 +175,7 @@ SELECT current_setting('perfdb.settled', true) IS NOT NULL,
 
 SETTLE_SQL = """
 SELECT set_config(wanted.name, wanted.value, false)
-  FROM jsonb_each_text(%s) AS wanted(name, value)
+  FROM jsonb_each_text(%s::jsonb) AS wanted(name, value)
  WHERE current_setting(wanted.name, true) <> wanted.value
 """
 
@@ -239,16 +239,35 @@ def is_passing(exc: BaseException) -> bool:
     return isinstance(exc, psycopg.OperationalError)  # the connection broke, or was closed
 
 
-FITNESS_SQL = "SELECT pg_backend_pid(), pg_is_in_recovery(), pg_catalog.getdatabaseencoding()"
+FITNESS_SQL = """
+SELECT pg_backend_pid(), pg_is_in_recovery(), getdatabaseencoding(),
+       row_security_active(to_regclass('job_instances')::oid)
+       OR row_security_active(to_regclass('job_steps')::oid)
+       OR row_security_active(to_regclass('job_types')::oid)
+"""
+
+# Tables all of whose rows are hidden: from the current role, or only from others than the owner.
+HIDDEN_SQL = """
+SELECT c.relname::text, row_security_active(c.oid)
+  FROM pg_class c
+ WHERE c.relrowsecurity
+   AND c.relkind = 'r'
+   AND pg_table_is_visible(c.oid)
+   AND c.relnamespace = (SELECT relnamespace FROM pg_class
+                          WHERE oid = to_regclass('job_types')::oid)
+   AND NOT EXISTS (SELECT FROM pg_policy WHERE polrelid = c.oid)
+ ORDER BY c.relname
+"""
 
 
 def refuse_unfit(connection: psycopg.Connection, dsn: str | None = None) -> None:
-    """Raise `UnfitDatabase` where no handler can work: SQL_ASCII, a standby, shared sessions.
+    """Raise `UnfitDatabase` where no handler can work: SQL_ASCII, a standby, shared sessions, rows
+    that are hidden from it.
 
     One statement; only if there is a pooler in between, whose own number of the session is not the
     server's, a second connection to `dsn`, by which `connection` was made.
     """
-    pid, in_recovery, encoding = query(connection, FITNESS_SQL)[0]
+    pid, in_recovery, encoding, some_rows = query(connection, FITNESS_SQL)[0]
     if in_recovery:
         raise UnfitDatabase(
             "this server is a hot standby and cannot be written to: connect to the primary; with "
@@ -258,6 +277,11 @@ def refuse_unfit(connection: psycopg.Connection, dsn: str | None = None) -> None
             "the database's encoding is SQL_ASCII, which stores any bytes and tells nobody what "
             "they mean: make one with CREATE DATABASE ... ENCODING 'UTF8' TEMPLATE template0 and "
             "restore a dump of this one there (pg_dump -E names its true encoding)")
+    hidden = query(connection, HIDDEN_SQL) if some_rows else []
+    if tables := ", ".join(table for table, is_ours in hidden if is_ours):
+        raise UnfitDatabase(
+            f"row security is on for {tables} without a policy, so that this role finds no row "
+            "there and no job would ever run: see jobctl doctor")
     if pid == connection.info.backend_pid:
         return
     with contextlib.closing(connect_plainly(dsn)) as other:

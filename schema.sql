@@ -1,8 +1,10 @@
 -- schema.sql -- the tables of performance_db: what is asked for, what was done, and the data it works on.
 --
--- Apply:     python jobctl.py init        (or: psql -X -1 -v ON_ERROR_STOP=1 -f schema.sql)
--- Re-apply:  safe; every statement leaves existing rows alone. PostgreSQL 14 or later.
--- Lives in:  the first schema of search_path.
+-- Apply:     python jobctl.py init        (new: also psql -X -1 -v ON_ERROR_STOP=1 -f schema.sql)
+-- Re-apply:  safe; every statement leaves existing rows alone. PostgreSQL 14 or later. On tables in use: init,
+--            which leaves out what is there, and waits for locks in small portions (upgrade.py).
+-- Lives in:  the first schema of search_path. Functions and operators are called with the very types they
+--            have, or by their schema: another one of that name is then never nearer, whoever made it.
 --
 -- Tables
 --   job_states       the five states a job or a step can be in; there is no sixth
@@ -72,8 +74,8 @@ CREATE TABLE IF NOT EXISTS job_types (
     CONSTRAINT job_type_name_is_not_empty         CHECK (name <> ''),
     CONSTRAINT job_type_schema_is_an_object       CHECK (jsonb_typeof(parameters_schema) = 'object'),
     CONSTRAINT job_type_max_attempts_is_positive  CHECK (max_attempts >= 1),
-    CONSTRAINT job_type_retry_delay_not_negative  CHECK (retry_delay >= '0'),
-    CONSTRAINT job_type_step_timeout_is_positive  CHECK (step_timeout > '0'),
+    CONSTRAINT job_type_retry_delay_not_negative  CHECK (retry_delay >= '0' AND retry_delay <= '100 years'),
+    CONSTRAINT job_type_step_timeout_is_positive  CHECK (step_timeout > '0' AND step_timeout <= '100 years'),
     CONSTRAINT job_type_max_running_not_negative  CHECK (max_running >= 0)
 );
 
@@ -166,8 +168,12 @@ CREATE TABLE IF NOT EXISTS job_instances (
         state = ANY (CASE WHEN finished IS NOT NULL THEN '{Finished,Failed}'::text[]
                           WHEN started IS NOT NULL  THEN '{Created,Queued,Running}'
                           ELSE                           '{Created,Queued}' END)),
-    CONSTRAINT job_columns_make_sense CHECK (
-        jsonb_typeof(parameters) = 'object' AND attempts >= 0)
+    CONSTRAINT job_columns_make_sense CHECK (  -- infinity and the year 20000 no reader in Python can show
+        jsonb_typeof(parameters) = 'object' AND attempts >= 0
+        AND LEAST(run_after, created, started, finished, cancel_requested, last_state_change)
+            >= '1900-01-01 00:00+00'
+        AND GREATEST(run_after, created, started, finished, cancel_requested, last_state_change)
+            <= '3000-01-01 00:00+00')
 ) WITH (
     fillfactor = 80,                       -- room for the few updates of a job's life on its own page
     autovacuum_vacuum_scale_factor = 0.01, -- a claim walks over dead index entries: keep them few
@@ -185,7 +191,7 @@ COMMENT ON COLUMN job_instances.description       IS 'For people. A job with "te
 COMMENT ON COLUMN job_instances.parameters        IS 'What to do; checked against job_types.parameters_schema before anything is done.';
 COMMENT ON COLUMN job_instances.comment           IS 'Why it failed or was cancelled, in words to act on; NULL when there is nothing to say.';
 COMMENT ON COLUMN job_instances.priority          IS 'Higher runs first; among equals the older one.';
-COMMENT ON COLUMN job_instances.run_after         IS 'Not before this moment.';
+COMMENT ON COLUMN job_instances.run_after         IS 'Not before this moment, in the years 1900 to 3000.';
 COMMENT ON COLUMN job_instances.unique_key        IS 'At most one unfinished job per key; NULL: no such rule.';
 COMMENT ON COLUMN job_instances.schedule_id       IS 'job_schedules.id it was created by, kept when the schedule is gone; NULL: asked for by somebody.';
 COMMENT ON COLUMN job_instances.window_start      IS 'Start of the schedule''s window it was created for: one job per window, unless a backfill asks anew; NULL: none.';
@@ -254,7 +260,9 @@ CREATE TABLE IF NOT EXISTS job_steps (
                           WHEN started IS NOT NULL  THEN '{Created,Queued,Running}'
                           ELSE                           '{Created,Queued}' END)),
     CONSTRAINT step_columns_make_sense CHECK (
-        jsonb_typeof(parameters) = 'object' AND position >= 0 AND attempts >= 0)
+        jsonb_typeof(parameters) = 'object' AND position >= 0 AND attempts >= 0
+        AND LEAST(started, finished) >= '1900-01-01 00:00+00'
+        AND GREATEST(started, finished) <= '3000-01-01 00:00+00')
 ) WITH (
     fillfactor = 50,                       -- Created -> Running -> Finished stays on its page: HOT, no index is touched
     autovacuum_vacuum_scale_factor = 0.02,
@@ -348,7 +356,7 @@ CREATE TABLE IF NOT EXISTS features (
     sample_interval  interval  NOT NULL DEFAULT '10 minutes',
 
     CONSTRAINT feature_name_is_unique_in_its_model  UNIQUE (object_model_id, name),
-    CONSTRAINT feature_sample_interval_is_positive  CHECK (sample_interval > '0')
+    CONSTRAINT feature_sample_interval_is_positive  CHECK (sample_interval > '0' AND sample_interval <= '100 years')
 );
 
 COMMENT ON TABLE  features                 IS 'The signals the objects of a model have.';
@@ -421,7 +429,7 @@ COMMENT ON COLUMN alarms_history.end_time   IS 'Until this moment: end of its la
 -- ---------------------------------------------------------------------------------------------------- functions
 
 CREATE OR REPLACE FUNCTION job_schema_version() RETURNS int
-    LANGUAGE sql IMMUTABLE AS 'SELECT 1';
+    LANGUAGE sql IMMUTABLE AS 'SELECT 2';
 
 COMMENT ON FUNCTION job_schema_version() IS 'Version of schema.sql that was applied last; jobctl doctor compares it with the code''s.';
 
@@ -494,7 +502,7 @@ COMMENT ON FUNCTION job_schedule_window_end(timestamptz, interval, timestamptz) 
 CREATE OR REPLACE FUNCTION job_instances_state_changed() RETURNS trigger
     LANGUAGE plpgsql AS $$
 BEGIN
-    NEW.last_state_change := clock_timestamp();
+    NEW.last_state_change := pg_catalog.clock_timestamp();
     RETURN NEW;
 END $$;
 
@@ -538,7 +546,7 @@ SELECT j.id,
        s.done                                          AS steps_done,
        s.failed                                        AS steps_failed,
        CASE WHEN s.total > 0
-            THEN (s.done + s.failed)::double precision / s.total
+            THEN (s.done + s.failed)::double precision / s.total::double precision
             ELSE (j.state = 'Finished')::int
         END                                            AS progress,
        r.name                                          AS running_step,

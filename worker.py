@@ -81,9 +81,9 @@ SELECT pg_terminate_backend(pid)
 
 LOCK_SQL = """
 SELECT current_setting('perfdb.settled', true) IS NOT NULL,
-       set_config('lock_timeout', %(wait)s, true), pg_advisory_lock(%(worker_id)s)
+       set_config('lock_timeout', %(wait)s, true), pg_advisory_lock(%(worker_id)s::bigint)
 """
-UNLOCK_SQL = "SELECT pg_advisory_unlock(%(worker_id)s)"
+UNLOCK_SQL = "SELECT pg_advisory_unlock(%(worker_id)s::bigint)"
 
 # No row: somebody has recovered our jobs meanwhile, or the server was a standby that had not heard
 # of us. `started` tells a restart from a crash, so our jobs are put back before it is set anew.
@@ -455,7 +455,7 @@ WITH {HELD_CTE}, busy AS (
        AND s.started + busy.step_timeout + interval '1 minute' < clock_timestamp()
     RETURNING busy.id, busy.pid
 )
-SELECT id, pg_terminate_backend(pid, 5000)
+SELECT id, pg_terminate_backend(pid, 5000::bigint)
   FROM (SELECT id, pid FROM step
          UNION
         SELECT id, pid

@@ -102,13 +102,22 @@ def template(server) -> Iterator[str]:
 # A test that leaves more behind than rows (tables, functions, switched-off triggers) spoils its database.
 FINGERPRINT_SQL = """
 SELECT md5(string_agg(thing, ',' ORDER BY thing))
-  FROM (SELECT relname::text FROM pg_class WHERE relnamespace = 'public'::regnamespace
+  FROM (SELECT relname || pg_get_viewdef(oid) FROM pg_class
+         WHERE relnamespace = 'public'::regnamespace
          UNION ALL
-        SELECT proname::text FROM pg_proc WHERE pronamespace = 'public'::regnamespace
+        SELECT proname || prosrc FROM pg_proc WHERE pronamespace = 'public'::regnamespace
+         UNION ALL
+        SELECT attname || atttypid::text || attnotnull::text || attidentity::text
+          FROM pg_attribute
+          JOIN pg_class ON pg_class.oid = attrelid AND relnamespace = 'public'::regnamespace
+         UNION ALL
+        SELECT pg_get_expr(adbin, adrelid) FROM pg_attrdef
+         UNION ALL
+        SELECT indkey::text || indisvalid::text FROM pg_index WHERE indexrelid > 16384
          UNION ALL
         SELECT tgname || tgenabled::text FROM pg_trigger
          UNION ALL
-        SELECT conname::text FROM pg_constraint) AS things(thing)
+        SELECT conname || pg_get_constraintdef(oid) FROM pg_constraint) AS things(thing)
 """
 
 # A TRUNCATE makes new files for a table and each of its indexes: only where there is much to delete.

@@ -115,6 +115,13 @@ logfile = {directory}/log
 """
 
 
+def answers(path: Path) -> bool:
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
+        return True
+    return False
+
+
 @contextlib.contextmanager
 def pgbouncer(dsn: str, settings: str) -> Iterator[str]:
     """Start a real PgBouncer before the server of `dsn` and yield a connection string to it."""
@@ -134,7 +141,7 @@ def pgbouncer(dsn: str, settings: str) -> Iterator[str]:
     process = subprocess.Popen([program, "-q", directory / "ini"], stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL, **who)
     try:
-        wait_for((directory / ".s.PGSQL.6432").exists, what="PgBouncer's socket")
+        wait_for(lambda: answers(directory / ".s.PGSQL.6432"), what="PgBouncer")
         yield make_conninfo(dsn, host=directory, port=6432)
     finally:
         process.kill()

@@ -286,7 +286,7 @@ A_JOB = "INSERT INTO job_instances (job_type_id, description) SELECT id, 'x' FRO
 
 @pytest.mark.parametrize(("statements", "text"), [
     (["CREATE OR REPLACE FUNCTION job_schema_version() RETURNS int LANGUAGE sql AS 'SELECT 0'"],
-     "schema: version 0 is older than these files' 1: python jobctl.py init"),
+     "schema: version 0 is older than these files' 2: python jobctl.py init"),
     (["CREATE OR REPLACE FUNCTION job_schema_version() RETURNS int LANGUAGE sql AS 'SELECT 9'"],
      "schema: version 9 is newer"),
     (["INSERT INTO job_types (name) VALUES ('Gone')"], "types: no file here provides 'Gone'"),

@@ -6,10 +6,13 @@ from datetime import UTC, datetime
 import embedded_pg
 import psycopg
 import pytest
+import sample_jobs  # noqa: F401  its types
 from pooler import Pooler, pgbouncer
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
+import control
+import jobctl
 import perfdb
 
 ODD_DEFAULTS = {
@@ -98,6 +101,30 @@ def test_results_come_as_python_values_whatever_the_database_shows(dsn, set_defa
             connection, "SELECT interval '26:03:00', timestamptz '2026-03-01', 0.1::float8 * 3")[0]
     assert period.total_seconds() == 93780
     assert (moment, value) == (datetime(2026, 3, 1, tzinfo=UTC), 0.1 * 3)
+
+
+def test_jobs_run_whatever_the_defaults_of_the_database(dsn, conn, set_default, run_handler):
+    control.write_types(conn, ["Scripted"])
+    job_id = control.create_job(conn, "Scripted", {"steps": ["ok", "sleep", "ok"], "sleep": 0.2})
+    for setting, value in ODD_DEFAULTS.items():
+        set_default(setting, value)
+    run_handler("--once", "--module", "sample_jobs")
+    with perfdb.connect(dsn) as connection:
+        assert perfdb.query(connection, "SELECT state, attempts FROM job_instances WHERE id = %s",
+                            [job_id]) == [("Finished", 1)]
+        assert perfdb.query(connection, "SELECT max(attempts) FROM job_steps") == [(1,)]
+
+
+def test_a_job_that_nobody_can_load_hides_no_other(conn, capsys):
+    control.write_types(conn, ["Scripted"])
+    conn.execute("INSERT INTO job_instances (job_type_id, description, parameters) "
+                 "SELECT id, 'endless', %s::jsonb FROM job_types", ['{"n": %s}' % ("9" * 5000)])
+    control.create_job(conn, "Scripted", {"steps": []}, "ordinary")
+    for command in ["list"], ["show", "1"], ["list", "--json"], ["show", "1", "--json"]:
+        assert jobctl.main(command) == 0
+        said = capsys.readouterr().out
+        assert "endless" in said
+        assert ("ordinary" in said) is (command[0] == "list")
 
 
 @pytest.mark.parametrize("text", ["9" * 5000, "[" * 1500 + "]" * 1500])

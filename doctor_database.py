@@ -1,0 +1,61 @@
+"""What is wrong with the database around the job system? One line per finding (jobctl doctor)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import psycopg
+
+from perfdb import HIDDEN_SQL, query
+from worker import HELD_CTE
+
+
+def row_security(connection: psycopg.Connection) -> Iterator[str]:
+    """Tables that look empty: PostgreSQL hides rows from a role without a word."""
+    for table, is_ours in query(connection, HIDDEN_SQL):
+        whom = "this role" if is_ours else "everybody but the owner"
+        yield (f"row security: it is on for {table} without a policy and hides every row from "
+               f"{whom}: ALTER TABLE {table} DISABLE ROW LEVEL SECURITY, or "
+               f"CREATE POLICY perf ON {table} USING (true)")
+
+
+# Whoever holds the lock of a worker's id keeps that worker from coming back, and its job from
+# being found to be an orphan. A worker that recovers another's jobs does so for a moment.
+STRANGERS_SQL = f"""
+WITH {HELD_CTE}
+SELECT a.pid, a.usename, a.application_name, w.id
+  FROM held
+  JOIN job_workers w      ON w.id = held.id AND w.backend_pid <> held.pid
+  JOIN pg_stat_activity a ON a.pid = held.pid
+ WHERE held.pid NOT IN (SELECT backend_pid FROM job_workers)
+ ORDER BY a.pid
+"""  # noqa: S608
+
+
+def strangers(connection: psycopg.Connection) -> Iterator[str]:
+    """Sessions that hold a worker's advisory lock and are not that worker."""
+    for pid, user, application, worker_id in query(connection, STRANGERS_SQL):
+        yield (f"locks: session {pid} ({user}, {application!r}) holds the advisory lock of worker "
+               f"{worker_id} and is not that worker, so its job is not found to be an orphan: "
+               f"SELECT pg_terminate_backend({pid}), and let it use other keys")
+
+
+MANY_DEAD = 100
+
+DEAD_WORKERS_SQL = f"""
+WITH {HELD_CTE}
+SELECT count(*)
+  FROM job_workers w
+ WHERE NOT EXISTS (SELECT FROM held WHERE held.id = w.id)
+"""  # noqa: S608
+
+
+def dead_workers(connection: psycopg.Connection) -> Iterator[str]:
+    """Rows of dead workers, which every handler removes at its start and later on."""
+    count = query(connection, DEAD_WORKERS_SQL)[0][0]
+    if count > MANY_DEAD:
+        yield (f"workers: {count} rows of dead workers are in job_workers: "
+               "python handler.py --once removes some of them; if they stay, no handler runs")
+
+
+CHECKS = [row_security, strangers, dead_workers]
