@@ -73,7 +73,7 @@ WITH RECURSIVE schedule AS MATERIALIZED (
 INSERT INTO job_instances (job_type_id, description, parameters, run_after,
                            schedule_id, window_start)
 SELECT s.job_type_id, s.description,
-       s.parameters || jsonb_build_object('start', to_char(due.start_time, {TIME_FORMAT}),
+       s.parameters || pg_catalog.jsonb_build_object('start', to_char(due.start_time, {TIME_FORMAT}),
                                           'end', to_char(due.end_time, {TIME_FORMAT})),
        due.due_since, s.id, due.start_time
   FROM due, schedule s
@@ -196,7 +196,7 @@ WITH RECURSIVE schedule AS (
 ), period AS (
     SELECT NULL::timestamptz AS start_time, 0 AS n,
            job_schedule_window_end(first_start, every,
-                                   %(from)s - interval '1 microsecond') AS end_time
+                                   %(from)s::timestamptz - interval '1 microsecond') AS end_time
       FROM schedule
      UNION ALL
     SELECT p.end_time, p.n + 1, job_schedule_window_end(s.first_start, s.every, p.end_time)
@@ -284,7 +284,7 @@ SELECT t.name, s.parameters
 BACKFILL_SQL = f"""
 INSERT INTO job_instances (job_type_id, description, parameters, schedule_id, window_start)
 SELECT s.job_type_id, s.description,
-       s.parameters || jsonb_build_object('start', to_char(w.start_time, {TIME_FORMAT}),
+       s.parameters || pg_catalog.jsonb_build_object('start', to_char(w.start_time, {TIME_FORMAT}),
                                           'end', to_char(w.end_time, {TIME_FORMAT})),
        s.id, w.start_time
   FROM job_schedules s,

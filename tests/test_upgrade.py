@@ -146,6 +146,7 @@ def test_patience_ends_and_the_next_call_goes_on(version_1, dsn, capsys, monkeyp
         reader.execute("SELECT id FROM v_job_instances")
         status, said = init(capsys)
         assert (status, " is still in use by session" in said) == (1, True), said
+    assert init(capsys)[0] == 0
     assert init(capsys) == (0, "")
 
 
