@@ -211,19 +211,23 @@ class Place:
         self.object_id, self.kind, self.wanted = object_id, kind, wanted
         self.key = f"{object_id.upper()} {kind.id}"
         self._ids = {"object_id": object_id.upper(), "type_id": kind.id}
+        self.standing: list[Allocation] = []  # what the latest read has shown
 
     def read(self, wanted: Wanted) -> list[Allocation]:
-        return self.client.allocations(self.object_id, self.kind, wanted.since, wanted.until)
+        """Return what stands where `wanted` is to stand."""
+        self.standing = self.client.allocations(self.object_id, self.kind, wanted.since,
+                                                wanted.until)
+        return self.standing
 
-    def look(self, wanted: Wanted, seconds: float = 0, besides: int | None = None) -> int | None:
+    def look(self, wanted: Wanted, seconds: float = 0) -> int | None:
         """Return the id of the allocation that stands exactly so, looking for `seconds`.
 
-        None if there is none. `besides` is one that does not count. Two are an error.
+        None if there is none; two are an error.
         """
         for pause in (0.0, *waits(seconds)):
             if pause:
                 self.client.sleep(pause)
-            if (found := only(self.read(wanted), wanted, besides)) is not None:
+            if (found := only(self.read(wanted), wanted)) is not None:
                 return found
         return None
 
@@ -234,13 +238,7 @@ class Place:
             self.look(noted, max(seconds, 0))
             self._forget()
 
-    def ensure(self, wanted: Wanted, besides: int | None = None) -> tuple[int, bool]:
-        """Have an allocation stand exactly so; return its id and whether it had to be inserted."""
-        if (found := self.look(wanted, besides=besides)) is not None:
-            return found, False
-        return self.insert(wanted, besides), True
-
-    def insert(self, wanted: Wanted, besides: int | None = None) -> int:
+    def insert(self, wanted: Wanted) -> int:
         """Insert an allocation, once, and return its id when it is there.
 
         If the answer is lost it is looked for as long as it may still arrive, and not sent again.
@@ -255,16 +253,13 @@ class Place:
         except bazefield.BazefieldError:
             self._forget()  # it was answered: it will not come later
             raise
-        if (found := self.look(wanted, seconds, besides)) is None:
+        if (found := self.look(wanted, seconds)) is None:
             raise JobStepError(f"{why}, but it is not there {seconds:g} s later and was not sent "
-                               f"again. {self._seen(wanted)}. Confirm the field names (python "
-                               "bazefield.py --check); jobctl retry looks again first")
+                               f"again. {listed(self.standing) or 'Nothing'} stands in its place. "
+                               "Confirm the field names (python bazefield.py --check); jobctl "
+                               "retry looks again first")
         self._forget()
         return found
-
-    def _seen(self, wanted: Wanted) -> str:
-        standing = listed(self.read(wanted))
-        return f"In its place stand {standing}" if standing else "Nothing stands in its place"
 
     def _note(self, wanted: Wanted) -> None:
         query(self.connection, NOTE_SQL, self._ids | {
@@ -284,18 +279,21 @@ class Place:
                                f"here: {listed([found])} in the window, {listed([whole])} by id")
         return whole
 
-    def remove(self, old: Allocation) -> int:
-        """Delete an allocation after what of it lies outside the window stands as its own.
+    def keep_outside(self, old: Allocation) -> None:
+        """Have what of an allocation lies outside the window stand as its own.
 
-        Raise `JobStepError`, and leave it, if it is no longer what it was.
+        This comes before anything is put into the window: a server that trims what overlaps would
+        otherwise cut away the part behind it. Raise `JobStepError` if it does that here: then all
+        of the old one still stands, in parts.
         """
         for rest in old.outside(self.wanted.since, self.wanted.until):
-            self.ensure(rest, besides=old.id)
-        now = self.client.allocation(old.id, self.object_id, self.kind)
-        if now.raw != old.raw:
-            raise JobStepError(f"Allocation {old.id} was changed while it was being replaced "
-                               f"({changes(old.raw, now.raw)}): it stays. Look at it in "
-                               "Bazefield; does the server itself trim what overlaps?")
+            if self.look(rest) is None:
+                self.insert(rest)
+            self._check_unchanged(old)
+
+    def remove(self, old: Allocation) -> int:
+        """Delete an allocation; raise `JobStepError`, and leave it, if it is not what it was."""
+        self._check_unchanged(old)
         query(self.connection, ALIVE_SQL)
         seconds, error = LATE_SECONDS, None
         try:
@@ -308,6 +306,13 @@ class Place:
                 "may the key's user delete allocations?")
         return old.id
 
+    def _check_unchanged(self, old: Allocation) -> None:
+        now = self.client.allocation(old.id, self.object_id, self.kind)
+        if now.raw != old.raw:
+            raise JobStepError(f"Allocation {old.id} was changed while it was being replaced "
+                               f"({changes(old.raw, now.raw)}): it stays. Look at it in "
+                               "Bazefield; does the server itself trim what overlaps?")
+
     def _stays(self, allocation_id: int, seconds: float) -> bool:
         for pause in (0.0, *waits(seconds)):
             if pause:
@@ -317,11 +322,10 @@ class Place:
         return True
 
     def confirm(self) -> None:
-        """Raise `JobStepError` unless the window holds what is wanted and nothing else."""
-        standing = self.read(self.wanted)
-        if only(standing, self.wanted) is None or len(standing) > 1:
-            raise JobStepError("After all was replaced, what stands is not what is wanted: "
-                               f"{listed(standing) or 'nothing'}")
+        """Raise `JobStepError` unless the latest read has shown what is wanted, and it alone."""
+        if only(self.standing, self.wanted) is None or len(self.standing) > 1:
+            raise JobStepError("All was done, but what stands now is not what is wanted alone: "
+                               f"{listed(self.standing) or 'nothing'}; is somebody at it too?")
 
 
 # ------------------------------------------------------------------------------------ all together
@@ -339,13 +343,17 @@ def put(places: list[Place], on_overlap: str) -> dict[str, Any]:
     if others and on_overlap == "skip":
         return result | {"skipped": [a.id for _, a in others]}
     old = replaceable(others, on_overlap) if others else []
+    for place, a in old:
+        place.keep_outside(a)
     for place, standing_id in zip(places, there, strict=True):
         if standing_id is None:
             result["inserted"].append(place.insert(place.wanted))
         else:
             result["standing"].append(standing_id)
     result["replaced"] = [place.remove(a) for place, a in old]
-    for place in places if old else ():
+    for place in places:
+        if old:
+            place.read(place.wanted)
         place.confirm()
     return result
 
@@ -364,9 +372,9 @@ def replaceable(others: list[tuple[Place, Allocation]],
     return old
 
 
-def only(standing: list[Allocation], wanted: Wanted, besides: int | None = None) -> int | None:
+def only(standing: list[Allocation], wanted: Wanted) -> int | None:
     """Return the id of what stands exactly so, None if nothing does; two are an error."""
-    ids = [a.id for a in standing if a.is_exactly(wanted) and a.id != besides]
+    ids = [a.id for a in standing if a.is_exactly(wanted)]
     if len(ids) > 1:
         raise JobStepError(f"{len(ids)} allocations stand exactly so: {', '.join(map(str, ids))}; "
                            "delete all but one of them in Bazefield")

@@ -50,7 +50,8 @@ def text(value: Any) -> str:
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     if isinstance(value, dict):
-        return " ".join(f"{k}={json.dumps(v) if isinstance(v, dict | list) else text(v)}" for k, v in value.items())
+        return " ".join(f"{text(k)}={json.dumps(v) if isinstance(v, dict | list) else text(v)}"
+                        for k, v in value.items())
     return clean(str(value)).replace("\n", " ").replace("\t", " ")
 
 

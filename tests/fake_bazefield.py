@@ -242,7 +242,7 @@ class FakeBazefield(ThreadingHTTPServer):
             year = 1 if self.ways.open_end == "0001" else 9999
             return self.shown(found | {"end": to_ms(datetime(year, 12 if year > 1 else 1,
                                                              31 if year > 1 else 1, tzinfo=UTC))})
-        return found and self.shown(found)
+        return self.shown(found) if found else NOT_FOUND
 
     def shown(self, a: dict, low: int = -10**15, high: int = 10**15) -> dict:
         """Return an allocation as the server writes it."""
@@ -267,13 +267,17 @@ class FakeBazefield(ThreadingHTTPServer):
         return self.write("insert_allocation", action, reply())
 
     def trim(self, object_id: str, type_id: int, start: int, end: int) -> None:
-        for a in self.allocations.values():
-            if (a["objectId"] == object_id and a["category"]["typeId"] == type_id
-                    and a["start"] < end and a["end"] > start):
-                if a["start"] < start:
-                    a["end"] = start
-                else:
-                    a["start"] = end
+        """Cut away what stands in a period; of what reaches over both ends the first part stays."""
+        for a in list(self.allocations.values()):
+            if (a["objectId"] != object_id or a["category"]["typeId"] != type_id
+                    or a["start"] >= end or a["end"] <= start):
+                continue
+            if a["start"] < start:
+                a["end"] = start
+            elif a["end"] > end:
+                a["start"] = end
+            else:
+                del self.allocations[a["id"]]
 
     def do_delete_allocation(self, r):
         return self.write("delete_allocation",
@@ -295,7 +299,8 @@ class FakeBazefield(ThreadingHTTPServer):
         return [name for name in known if name.lower() in lower]
 
 
-NULL = "null"  # an answer that is JSON null; None is one without a body
+NULL = "null"          # an answer that is JSON null; None is one without a body
+NOT_FOUND = "NOT FOUND"
 
 
 def reply(error: str | None = None, **answer) -> dict:

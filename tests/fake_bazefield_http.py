@@ -90,8 +90,8 @@ class Handler(BaseHTTPRequestHandler):
         given = self.server.do(name, request)
         if fault in ("cut after", "504", "never"):
             return self.lost(fault)
-        if given is None:
-            return self.send(204, "")
+        if given is None or given == "NOT FOUND":
+            return self.send(404 if given else 204, "")
         return self.send_json(given if isinstance(given, str) else json.dumps(given), fault)
 
     def lost(self, how: str) -> None:

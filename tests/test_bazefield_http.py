@@ -89,6 +89,16 @@ def test_one_connection_is_kept(plain, pauses, monkeypatch):
     assert len(accepted) == 1
 
 
+def test_what_must_not_be_sent_twice_goes_over_a_connection_of_its_own(plain, pauses, monkeypatch):
+    """On a kept one, hanging up while idle and dying over the request look the same."""
+    accepted, get_request = [], plain.get_request
+    monkeypatch.setattr(plain, "get_request", lambda: accepted.append(1) or get_request())
+    for _ in range(3):
+        bazefield.client().all_names()
+        insert_once()
+    assert len(accepted) == 4
+
+
 # What goes wrong on the way. A call that must not be repeated shows one try.
 
 def insert_once():

@@ -155,23 +155,34 @@ def test_a_filter_is_a_union_less_a_union(scada, insert, object_filter, names):
 
 # What a server may do by itself, and what cannot be told.
 
-@pytest.mark.parametrize("way", ["cuts", "trims"])
-@pytest.mark.parametrize(("start", "end"), [(T0 - HOUR, T0 + DAY + HOUR), (T0 - HOUR, T0 + HOUR),
-                                            (T0 + HOUR, T0 + DAY + HOUR), (T0, T0 + DAY)])
-def test_a_server_that_cuts_or_trims_by_itself_loses_nothing(plain, insert, way, start, end):
-    setattr(plain.ways, way, True)
+PERIODS = [(T0 - HOUR, T0 + DAY + HOUR), (T0 - HOUR, T0 + HOUR), (T0 + HOUR, T0 + DAY + HOUR),
+           (T0, T0 + DAY), (T0 + HOUR, T0 + 2 * HOUR)]
+
+
+@pytest.mark.parametrize(("start", "end"), PERIODS)
+def test_a_server_that_cuts_what_it_shows_loses_nothing(plain, insert, start, end):
+    plain.ways.cuts = True
     plain.add_allocation(LAN_01, 11, start, end)
-    insert(on_overlap="replace")
     _, steps = insert(on_overlap="replace")
-    standing = plain.standing(LAN_01)
-    assert standing.count(WANTED) == 1
-    for outside in [(11, start, T0)] * (start < T0) + [(11, T0 + DAY, end)] * (end > T0 + DAY):
-        if way == "cuts":
-            assert outside in standing
-        else:  # this one trims what is on both sides to one of them, and that is noticed
-            assert outside in standing or steps[0]["state"] == "Failed"
-    if way == "cuts":
-        assert len(standing) == 1 + (start < T0) + (end > T0 + DAY)
+    assert steps[0]["result"]["replaced"] == [71]
+    assert plain.standing(LAN_01) == [WANTED, *outside(start, end)]
+
+
+@pytest.mark.parametrize(("start", "end"), PERIODS)
+def test_a_server_that_trims_by_itself_is_noticed_and_loses_nothing(plain, insert, start, end):
+    plain.ways.trims = True
+    plain.add_allocation(LAN_01, 11, start, end)
+    _, steps = insert(on_overlap="replace")
+    assert "71 was changed while it was being replaced" in steps[0]["comment"] or (
+        "allocation: status 404" in steps[0]["comment"])
+    for _ in range(3):
+        _, steps = insert(on_overlap="replace")
+    assert steps[0]["result"]["standing"]
+    assert plain.standing(LAN_01) == [WANTED, *outside(start, end)]
+
+
+def outside(start, end):
+    return [(11, start, T0)] * (start < T0) + [(11, T0 + DAY, end)] * (end > T0 + DAY)
 
 
 def test_what_reaches_beyond_the_window_does_not_stand_exactly_so(plain, insert):
@@ -205,11 +216,10 @@ def test_what_changes_before_it_is_deleted_stays(scada, insert, change, operatio
 def test_the_remainder_is_never_the_one_that_is_about_to_go(plain, insert):
     """Trimmed by somebody else to exactly what would be left of it."""
     plain.add_allocation(LAN_01, 11, T0 - HOUR, T0 + HOUR)
-    plain.after["insert_allocation"] = lambda r: plain.allocations[71].update({"end": T0})
+    plain.after["allocation"] = lambda r: plain.allocations[71].update({"end": T0})
     _, steps = insert(on_overlap="replace")
     assert "Allocation 71 was changed" in steps[0]["comment"]
-    assert (11, T0 - HOUR, T0) in plain.standing(LAN_01)
-    del plain.after["insert_allocation"]
+    assert plain.standing(LAN_01) == [(11, T0 - HOUR, T0)]
 
 
 HIGH = "F164AFE219C9D000"
@@ -281,6 +291,15 @@ def test_an_allocation_that_makes_no_sense_is_named(plain, insert):
         _, steps = insert(on_overlap="replace")
         assert comment in steps[0]["comment"]
     assert not plain.calls("insert_allocation") + plain.calls("delete_allocation")
+
+
+@pytest.mark.parametrize("on_overlap", ["fail", "skip", "replace"])
+def test_what_somebody_else_inserts_meanwhile_is_named(scada, insert, on_overlap):
+    scada.ways.late, scada.ways.cuts = {}, False
+    scada.before["insert_allocation"] = lambda r: scada.add_allocation(LAN_01, 11, T0, T0 + HOUR)
+    _, steps = insert(on_overlap=on_overlap)
+    assert ("All was done, but what stands now is not what is wanted alone: 71 ('Service', "
+            "2026-03-01 00:00:00Z to 2026-03-01 01:00:00Z), 72 ('Night'") in steps[0]["comment"]
 
 
 def test_two_that_stand_exactly_so_are_an_error_that_names_both(scada, insert):

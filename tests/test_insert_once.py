@@ -81,12 +81,10 @@ def test_what_was_refused_is_not_waited_for(scada, insert, notes):
 def test_a_lost_answer_to_the_insert_of_a_remainder_deletes_nothing(scada, insert):
     scada.add_allocation(LAN_01, 11, T0 - HOUR, T0 + HOUR)
     scada.ways.late = {}
-    scada.before["allocations"] = lambda r: len(
-        scada.calls("insert_allocation")) == 1 and not scada.faults and scada.faults.append(
-        ("insert_allocation", "503"))
+    scada.faults += [("insert_allocation", "503")]
     _, steps = insert(on_overlap="replace")
     assert "status 503" in steps[0]["comment"]
-    assert (11, T0 - HOUR, T0 + HOUR) in scada.standing(LAN_01)
+    assert scada.standing(LAN_01) == [(11, T0 - HOUR, T0 + HOUR)]
     assert scada.calls("delete_allocation") == []
 
 
