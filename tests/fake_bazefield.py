@@ -267,7 +267,7 @@ class FakeBazefield(ThreadingHTTPServer):
         return self.write("insert_allocation", action, reply())
 
     def trim(self, object_id: str, type_id: int, start: int, end: int) -> None:
-        """Cut away what stands in a period; of what reaches over both ends the first part stays."""
+        """Cut away what stands in a period; of what reaches over both the first part stays."""
         for a in list(self.allocations.values()):
             if (a["objectId"] != object_id or a["category"]["typeId"] != type_id
                     or a["start"] >= end or a["end"] <= start):

@@ -139,7 +139,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def understand(self, verb: str) -> tuple[str | None, dict]:
         url = urlsplit(self.path)
-        if len(url.query) > 2_048:  # as IIS does
+        if len(url.query) > 2_048 or len(self.path) > 4_096:  # as IIS does
             return None, {}
         request = {k.lower(): v[0] for k, v in parse_qs(url.query).items()}
         if length := int(self.headers.get("Content-Length") or 0):

@@ -115,6 +115,14 @@ def test_the_whole_call_has_a_limit(plain, pauses, monkeypatch, fault):
     assert 0.25 < time.monotonic() - begun < 2
 
 
+def test_a_step_that_is_timed_out_leaves_no_half_read_answer(plain, delete, conn):
+    conn.execute("UPDATE job_types SET step_timeout = '300 ms'")
+    plain.faults += [("read", "drip")]
+    _, steps = delete(["ActivePower", "WindSpeed"])
+    assert "Timed out" in steps[0]["comment"]
+    assert steps[1]["result"] == {"found": 144, "deleted": 144}
+
+
 def test_a_server_that_takes_no_connection_is_given_up_in_time(monkeypatch, pauses, scada):
     monkeypatch.setenv("BAZEFIELD_TIMEOUT", "0.3")
     monkeypatch.setattr(bazefield_http, "TRIES", 1)

@@ -122,6 +122,17 @@ def test_the_turn_is_over_with_the_step(scada, insert, conn, fault):
         "pg_try_advisory_lock": True}
 
 
+def test_a_step_that_is_timed_out_gives_up_its_turn_and_keeps_its_note(plain, insert, conn, notes):
+    conn.execute("UPDATE job_types SET step_timeout = '300 ms'")
+    plain.faults += [("insert_allocation", "never")]
+    _, steps = insert()
+    assert "Timed out" in steps[0]["comment"]
+    assert notes() == [(LAN_01, 1)]
+    conn.execute("UPDATE job_types SET step_timeout = '1 h'")
+    assert insert()[1][0]["result"]["standing"] == [71]
+    assert notes() == []
+
+
 @pytest.mark.parametrize("operation", ["allocations", "allocation"])
 def test_a_step_that_has_lost_its_connection_writes_nothing(scada, insert, conn, operation):
     scada.add_allocation(LAN_01, 11, T0, T0 + HOUR)
