@@ -176,8 +176,10 @@ class TooLong(Exception):
 class _Again(Exception):
     """Another try may help."""
 
-    def __init__(self, text: str, status: int = 0, retry_after: float = 0) -> None:
-        self.text, self.status, self.retry_after = text, status, retry_after
+    def __init__(self, text: str, unheard: bool = False, retry_after: float = 0) -> None:
+        self.text = text
+        self.unheard = unheard  # the server has certainly not done it, and will not
+        self.retry_after = retry_after
 
 
 # -------------------------------------------------------------------------------------- the client
@@ -201,9 +203,9 @@ class Client:
         `parts` fill the {placeholders} of the route; `shrink` is called with each object of the
         answer and what it returns is kept instead. With `repeat` (reads, deletes) busy servers,
         lost connections and timeouts are tried again with growing random waits, at most TRIES
-        times within BUDGET_SECONDS; without it only a 429 is, and a lost answer raises
-        `LostAnswer`. Raise `BazefieldError` if the server says no, answers nonsense, or does not
-        answer.
+        times within BUDGET_SECONDS; without it only what the server has certainly not heard (no
+        connection, a 429), and a lost answer raises `LostAnswer`. Raise `BazefieldError` if the
+        server says no, answers nonsense, or does not answer.
         """
         path, content = self._request(name, body, query, parts)
         until = time.monotonic() + BUDGET_SECONDS
@@ -211,7 +213,7 @@ class Client:
             try:
                 return self._once(name, path, content, repeat, shrink)
             except _Again as again:
-                may = repeat or again.status == 429
+                may = repeat or again.unheard
                 wait = max(again.retry_after,
                            random.uniform(0, min(LONGEST_WAIT_SECONDS, 0.25 * 2 ** tries)))
                 if not may or tries == TRIES or time.monotonic() + wait > until:
@@ -260,6 +262,7 @@ class Client:
             self.close()
             raise self.error(name, str(exc), BazefieldError if repeat else LostAnswer) from None
         except BaseException as exc:  # half an answer must not be read by the next call
+            unheard = self._connection is None
             self.close()
             if not isinstance(exc, Exception):
                 raise  # the step's time is over
@@ -267,7 +270,8 @@ class Client:
                 raise self.error(name, "the server's certificate is not trusted: "
                                  f"{exc.verify_message}; name its authority in BAZEFIELD_CA_BUNDLE"
                                  ) from None
-            raise _Again(f"no answer from {self.settings.host}: {self._why(exc)}") from None
+            raise _Again(f"no answer from {self.settings.host}: {self._why(exc)}",
+                         unheard) from None
         if response.will_close:
             self.close()
         self._check_status(name, response, body)
@@ -311,7 +315,8 @@ class Client:
         """Raise what an answer that is no success means."""
         status = response.status
         if status in BUSY:
-            raise _Again(f"status {status}: {self._said(body)}", status, retry_after(response))
+            raise _Again(f"status {status}: {self._said(body)}", status == 429,
+                         retry_after(response))
         if 300 <= status < 400:
             raise self.error(name, f"redirected to {redirected_to(response)!r}, which is not "
                              "followed; set BAZEFIELD_URL")

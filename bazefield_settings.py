@@ -133,7 +133,7 @@ def _read_key(env: Mapping[str, str], problems: list[str]) -> str:
             shown = f"={file!r}" if "/" in file else " (not shown; write the path of a file)"
             problems.append(f"BAZEFIELD_API_KEY_FILE{shown}: {type(exc).__name__}, cannot be read")
             return ""
-    key = key.strip().strip("\ufeff")
+    key = key.strip("\ufeff \t\r\n")  # a byte order mark is no part of it
     if not key:
         problems.append("BAZEFIELD_API_KEY (or BAZEFIELD_API_KEY_FILE) is not set")
     elif not re.fullmatch(r"[\x21-\x7e]+", key):
@@ -147,7 +147,7 @@ def _read_key_file(file: str) -> str:
             _warn_of_open_file(file, mode & 0o777)
         content = stream.read(10_000)
     wide = content.startswith((b"\xff\xfe", b"\xfe\xff"))  # as Windows' editors write "Unicode"
-    return content.decode("utf-16" if wide else "utf-8-sig")
+    return content.decode("utf-16" if wide else "utf-8")
 
 
 @functools.cache  # once per process: settings are read for every step
