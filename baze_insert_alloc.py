@@ -25,7 +25,7 @@ arrive.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -149,20 +149,23 @@ def turn(places: list[Place]) -> Iterator[None]:
     keys = sorted({place.key for place in places})  # one order: no two wait for each other
     try:
         for key in keys:
-            for pause in (0.0, *waits(LOCK_SECONDS, longest=1.0)):
-                if pause:
-                    sleep(pause)
-                if query(connection, LOCK_SQL, {"place": key})[0][0]:
-                    break
-            else:
-                raise JobStepError(f"Another step has been at the allocations of {key} for "
-                                   f"{LOCK_SECONDS:g} s; nothing was changed; jobctl retry tries "
-                                   "again")
+            take(connection, key, sleep)
         yield
     finally:
         with contextlib.suppress(psycopg.Error):  # a lost connection has freed them
             for key in keys:  # of one that was not taken PostgreSQL merely says so
                 query(connection, UNLOCK_SQL, {"place": key})
+
+
+def take(connection: psycopg.Connection, key: str, sleep: Callable[[float], Any]) -> None:
+    """Take the lock of one object and type, waiting LOCK_SECONDS at most."""
+    for pause in (0.0, *waits(LOCK_SECONDS, longest=1.0)):
+        if pause:
+            sleep(pause)
+        if query(connection, LOCK_SQL, {"place": key})[0][0]:
+            return
+    raise JobStepError(f"Another step has been at the allocations of {key} for {LOCK_SECONDS:g} "
+                       "s; nothing was changed; jobctl retry tries again")
 
 
 # --------------------------------------------------------------------------------------- one place
@@ -336,21 +339,18 @@ def put(places: list[Place], on_overlap: str) -> dict[str, Any]:
     for place in places:
         place.settle()
     found = [(place, place.read(place.wanted)) for place in places]
-    there = [only(standing, place.wanted) for place, standing in found]
+    there = [(place, only(standing, place.wanted)) for place, standing in found]
     others = [(place, a) for place, standing in found for a in standing
               if not a.is_exactly(place.wanted)]
-    result: dict[str, Any] = {"inserted": [], "standing": [], "replaced": [], "skipped": []}
     if others and on_overlap == "skip":
-        return result | {"skipped": [a.id for _, a in others]}
+        return {"inserted": [], "standing": [], "replaced": [],
+                "skipped": [a.id for _, a in others]}
     old = replaceable(others, on_overlap) if others else []
     for place, a in old:
         place.keep_outside(a)
-    for place, standing_id in zip(places, there, strict=True):
-        if standing_id is None:
-            result["inserted"].append(place.insert(place.wanted))
-        else:
-            result["standing"].append(standing_id)
-    result["replaced"] = [place.remove(a) for place, a in old]
+    result = {"inserted": [place.insert(place.wanted) for place, known in there if known is None],
+              "standing": [known for _, known in there if known is not None],
+              "replaced": [place.remove(a) for place, a in old], "skipped": []}
     for place in places:
         if old:
             place.read(place.wanted)
