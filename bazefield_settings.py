@@ -118,7 +118,8 @@ def _read_url(text: str, problems: list[str]) -> Any:
         problems.append("BAZEFIELD_URL must not hold a user or password")
     elif not url.hostname or url.query or url.fragment or not (
             url.scheme == "https" or (url.scheme == "http" and local)):
-        problems.append(f"BAZEFIELD_URL={text!r}: write https://HOST (plain http is taken for "
+        shown = re.sub("[?#].*", "?...", text, flags=re.DOTALL)  # a key might stand there
+        problems.append(f"BAZEFIELD_URL={shown!r}: write https://HOST (plain http is taken for "
                         "localhost only), without user, query or fragment")
     return url
 

@@ -352,8 +352,8 @@ CREATE INDEX IF NOT EXISTS objects_parent_idx ON objects (parent_id);  -- walks 
 -- Read and written by the steps of Bazefield Insert Allocation that hold the lock of the object and type.
 CREATE TABLE IF NOT EXISTS bazefield_inserts (
     bazefield_id        text         NOT NULL,
-    allocation_type_id  int          NOT NULL,
-    category_id         int          NOT NULL,
+    allocation_type_id  bigint       NOT NULL,
+    category_id         bigint       NOT NULL,
     start_time          timestamptz  NOT NULL,
     end_time            timestamptz  NOT NULL,
     may_arrive_until    timestamptz  NOT NULL,

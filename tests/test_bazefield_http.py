@@ -23,6 +23,8 @@ import tables
     ({"BAZEFIELD_URL": "http://scada.example"}, "plain http is taken for localhost only"),
     ({"BAZEFIELD_URL": "https://u:p4ss@scada.example"}, "must not hold a user or password"),
     ({"BAZEFIELD_URL": "https://scada.example:x"}, "write https://HOST"),
+    ({"BAZEFIELD_URL": "https://scada.example/?apikey=p4ss"}, "BAZEFIELD_URL='https://scada.exam"),
+    ({"BAZEFIELD_URL": "https://[scada"}, "write https://HOST"),
     ({"BAZEFIELD_API_KEY": "a\nX-Evil: 1"}, "characters a header cannot carry"),
     ({"BAZEFIELD_API_KEY": "", "BAZEFIELD_API_KEY_FILE": "/no/such/file"},
      "BAZEFIELD_API_KEY_FILE='/no/such/file'"),

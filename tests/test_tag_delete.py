@@ -125,6 +125,12 @@ def test_ids_and_points_are_the_same_in_any_case(scada, delete, conn):
         assert (times(scada), times(scada, object_id=LAN_02)) == (OUTSIDE, OUTSIDE)
 
 
+def test_a_server_to_which_case_matters_is_asked_in_its_own_spelling(plain, delete, monkeypatch):
+    plain.objects[LAN_01.lower()] = plain.objects.pop(LAN_01)
+    monkeypatch.setattr(plain, "asked", lambda names, known: [n for n in known if n in names])
+    assert delete(["ACTIVEPOWER"])[1][0]["result"] == {"found": 144, "deleted": 144}
+
+
 def test_points_that_differ_in_case_alone_are_not_guessed_between(scada, delete):
     scada.objects[LAN_01]["points"]["activePOWER"] = {T0: 1.0}
     _, steps = delete()
