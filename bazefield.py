@@ -215,15 +215,16 @@ class Client(http.Client):
             "from": str(since - BEYOND_MS), "to": str(until + BEYOND_MS)})
         found: dict[int, Allocation] = {}
         for entry in answer.entries():
+            ours = is_object(entry["objectId"].value, object_id)
+            if ours is False:
+                continue
             allocation = read_allocation(entry, kind)
             if not allocation.overlaps(since, until) or allocation.of_type is False:
                 continue
-            ours = is_object(entry["objectId"].value, object_id)
             if ours is None:
                 raise entry.wrong(f"(allocation {allocation.id}) is of objectId "
                                   f"{entry['objectId'].value!r}: nobody can tell whose it is")
-            if ours:
-                found[allocation.id] = allocation
+            found[allocation.id] = allocation
         return list(found.values())
 
     def allocation(self, allocation_id: int, object_id: str, kind: Kind) -> Allocation:

@@ -254,6 +254,14 @@ def test_what_cannot_be_attributed_stops_the_step_before_any_write(plain, insert
     assert not plain.calls("insert_allocation") + plain.calls("delete_allocation")
 
 
+def test_what_is_wrong_with_other_objects_is_not_our_business(plain, insert):
+    plain.add_allocation(LAN_02, 11, T0, T0 + HOUR)
+    shown = plain.shown
+    plain.shown = lambda a, *cut: shown(a, *cut) | (
+        {"start": None, "category": 7} if a["id"] == 71 else {})
+    assert insert()[1][0]["result"]["inserted"] == [72]
+
+
 def test_sixteen_digits_may_be_hex_or_decimal():
     assert bazefield_answer.is_object("1164219000000000", "1164219000000000") is True
     assert bazefield_answer.is_object("1234567890123456", f"{1234567890123456:016X}") is None
