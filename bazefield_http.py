@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import codecs
 import html
 import http.client
 import io
@@ -26,6 +27,7 @@ BUDGET_SECONDS = 120.0            # no further try after so long
 LONGEST_WAIT_SECONDS = 30.0       # between two tries, unless the server asks for longer
 BUSY = {408, 429, 502, 503, 504}  # worth another try
 MAX_ANSWER_BYTES = 64_000_000
+LARGE_BYTES = 8_000_000           # of an answer whose memory is worth a thought
 SHOWN_BYTES = 20_000              # of an answer, at most, are looked at for what it says
 MAX_QUERY_BYTES = 2_000          # IIS refuses 2,048 and more, with a 404
 
@@ -167,6 +169,23 @@ def read_body(response: http.client.HTTPResponse) -> bytearray:
     if response.length:
         raise http.client.IncompleteRead(b"", response.length)
     return content
+
+
+def decoded(body: bytearray) -> str:
+    """Return a body as text; raise `UnicodeDecodeError` if it is no UTF-8.
+
+    Python keeps a text with one character beyond Latin-1 at two or four bytes for each: in a large
+    one they are written as JSON escapes.
+    """
+    if body.startswith(codecs.BOM_UTF8):
+        del body[:3]
+    if len(body) > LARGE_BYTES and not body.isascii():
+        body[:] = re.sub(rb"[\x80-\xff]+", _as_json_escapes, body)
+    return body.decode()
+
+
+def _as_json_escapes(found: re.Match[bytes]) -> bytes:
+    return json.dumps(found[0].decode())[1:-1].encode()
 
 
 class TooLong(Exception):
@@ -333,7 +352,7 @@ class Client:
         if not body:
             return None
         try:
-            text = body.decode("utf-8-sig")
+            text = decoded(body)
             del body[SHOWN_BYTES:]  # or a large answer would take its memory twice
             value = json.loads(text, object_hook=shrink)
         except RecursionError:

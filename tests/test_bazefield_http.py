@@ -145,6 +145,15 @@ def test_an_answer_without_an_end_is_given_up_at_the_limit(plain, pauses, monkey
     assert bazefield.client().all_names() == ["LAN-01", "LAN-02"]
 
 
+@pytest.mark.parametrize("large", [0, 10**6])
+def test_text_is_the_same_in_small_and_large_answers(scada, pauses, monkeypatch, large):
+    monkeypatch.setattr(bazefield_http, "LARGE_BYTES", large)
+    names = ["Parque E\u00f3lico", "\u4e00\u2014\U0001f600", 'a"b\\', "\ufeff"]
+    monkeypatch.setattr(scada, "do_list_objects", lambda r: "\ufeff" + json.dumps(
+        {"data": [{"attributes": {"shortName": name}} for name in names]}, ensure_ascii=False))
+    assert bazefield.client().all_names() == names
+
+
 def test_compressed_answers_are_refused_in_words(scada, pauses):
     scada.faults += [("list_objects", "gzip")]
     with pytest.raises(bazefield.BazefieldError, match=r"the answer is compressed \(gzip\)"):
