@@ -211,7 +211,7 @@ class Client(http.Client):
         types' as well; one of which nobody can tell whose it is raises `BazefieldError`.
         """
         answer = self.ask("allocations", query={"objectIds": object_id}, parts={
-            "type_name": kind.name, "type_id": str(kind.id),
+            "type_name": kind.name, "type_id": str(kind.id), "object_id": object_id,
             "from": str(since - BEYOND_MS), "to": str(until + BEYOND_MS)})
         found: dict[int, Allocation] = {}
         for entry in answer.entries():

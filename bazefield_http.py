@@ -270,7 +270,8 @@ class Client:
         asked = urlencode({**(query or {}), "format": "json"})
         if len(asked) > MAX_QUERY_BYTES or len(path) > MAX_QUERY_BYTES:
             raise self.error(name, f"more than {MAX_QUERY_BYTES:,} bytes in a URL; not sent")
-        return f"{path}?{asked}", None if body is None else json.dumps(body).encode()
+        path += ("&" if "?" in path else "?") + asked  # a changed route may bring some of its own
+        return path, None if body is None else json.dumps(body).encode()
 
     def _once(self, name: str, path: str, content: bytes | None, repeat: bool, shrink: Any) -> Any:
         """Send one request; raise `_Again` for whatever another try may cure."""

@@ -16,6 +16,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from string import Formatter
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -179,11 +180,30 @@ def _read_operations(env: Mapping[str, str], problems: list[str]) -> dict[str, O
         for name, change in changes.items():
             if unknown := set(change) - {"verb", "route", "metadata", "fields"}:
                 raise ValueError(f"{name}: unknown {sorted(unknown)}")
-            operations[name] = replace(operations[name], **change | {
-                "fields": {**operations[name].fields, **change.get("fields", {})}})
+            operations[name] = checked(name, replace(operations[name], **change | {
+                "fields": {**operations[name].fields, **change.get("fields", {})}}))
     except KeyError as exc:
         problems.append(f"BAZEFIELD_OPERATIONS={file!r}: no operation {exc}; "
                         f"known: {', '.join(OPERATIONS)}")
     except (OSError, ValueError, AttributeError, TypeError, RecursionError) as exc:
         problems.append(f"BAZEFIELD_OPERATIONS={file!r}: {exc}")
     return operations
+
+
+#: What a route may name, by operation; others name nothing.
+PLACEHOLDERS = {"allocations": {"type_name", "type_id", "object_id", "from", "to"},
+                "allocation": {"id"}}
+
+
+def checked(name: str, operation: Operation) -> Operation:
+    """Return an operation; raise `ValueError` if it cannot be called as it was changed."""
+    if operation.verb not in ("GET", "POST", "PUT", "PATCH", "DELETE"):
+        raise ValueError(f"{name}: verb {operation.verb!r}; write GET, POST, PUT, PATCH or DELETE")
+    if not re.fullmatch(r"/[\x21-\x7e]*", str(operation.route)):
+        raise ValueError(f"{name}: route {operation.route!r}; write /api/...")
+    known = PLACEHOLDERS.get(name, set())
+    if unknown := {part for _, part, *_ in Formatter().parse(operation.route)} - known - {None}:
+        raise ValueError(f"{name}: {{{unknown.pop()}}} in its route; known: {sorted(known)}")
+    if wrong := [f for f in operation.fields.values() if not (f and isinstance(f, str))]:
+        raise ValueError(f"{name}: {wrong[0]!r} is no name of a field")
+    return operation

@@ -40,6 +40,24 @@ def test_wrong_settings_are_all_named(env, problem):
     assert "Evil" not in str(exc.value)
 
 
+@pytest.mark.parametrize(("changes", "problem"), [
+    ('{"insert": {}}', "no operation 'insert'; known: metadata, find_objects"),
+    ('{"delete": {"path": "/x"}}', "delete: unknown ['path']"),
+    ('{"delete": {"verb": 7}}', "delete: verb 7; write GET, POST"),
+    ('{"delete": {"route": "api/x"}}', "delete: route 'api/x'; write /api/..."),
+    ('{"delete": {"route": "/api/{id}"}}', "delete: {id} in its route; known: []"),
+    ('{"allocations": {"route": "/api/{type}"}}', "allocations: {type} in its route; known: ['f"),
+    ('{"insert_allocation": {"fields": {"start": ""}}}', "insert_allocation: '' is no name"),
+    ('{"delete": {"route": "/api/{"}}', "Single '{' encountered"),
+    ("[" * 5_000, "BAZEFIELD_OPERATIONS="), ("7", "BAZEFIELD_OPERATIONS="),
+])
+def test_operations_that_cannot_be_called_are_named(tmp_path, changes, problem):
+    (tmp_path / "operations.json").write_text(changes)
+    with pytest.raises(bazefield.BazefieldError) as exc:
+        bazefield.read_settings({"BAZEFIELD_OPERATIONS": str(tmp_path / "operations.json")})
+    assert problem in str(exc.value)
+
+
 def test_missing_settings_fail_the_job_before_any_step(delete, monkeypatch):
     job, steps = delete()
     assert (job["state"], steps) == ("Failed", [])

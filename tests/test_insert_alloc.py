@@ -128,6 +128,15 @@ def test_an_insert_the_server_does_not_understand_is_noticed(scada, insert, monk
     assert "Bazefield accepted the allocation, but it is not there" in steps[0]["comment"]
 
 
+def test_a_route_of_ones_own_may_name_type_and_object(plain, insert, monkeypatch, tmp_path):
+    (tmp_path / "operations.json").write_text(json.dumps({"allocations": {
+        "route": "/api/allocations/{type_id}/from/{from}/to/{to}?turbineids={object_id}"}}))
+    monkeypatch.setenv("BAZEFIELD_OPERATIONS", str(tmp_path / "operations.json"))
+    assert insert()[1][0]["state"] == "Finished"
+    request = plain.calls("allocations")[0]
+    assert (request["type"], request["turbineids"]) == ("1", LAN_01)
+
+
 @pytest.mark.parametrize(("object_filter", "comment"), [
     ({"selected": {}}, "object_filter.selected is empty"),
     ({"selected": {"instances": ["LAN-01", "X"], "types": ["Y"], "parent": ["Z"]},
