@@ -1,220 +1,243 @@
-"""One request to Bazefield and its answer: settings, TLS, careful repeats, nothing secret in any text.
-
-    BAZEFIELD_URL            https://HOST or https://HOST/BazeField.Services
-    BAZEFIELD_API_KEY        sent as Bearer token; or BAZEFIELD_API_KEY_FILE, a file that holds it
-    BAZEFIELD_CA_BUNDLE      certificates to trust beside none else; default: the system's
-    BAZEFIELD_TIMEOUT        seconds a call may be silent (60)
-    BAZEFIELD_OPERATIONS     a JSON file that overrides routes and field names, see OPERATIONS
-"""
+"""One request to Bazefield and its answer: TLS, repeats, limits, nothing secret in any text."""
 
 from __future__ import annotations
 
+import base64
+import codecs
+import html
 import http.client
+import io
 import json
-import os
 import random
 import re
+import select
+import socket
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import quote, urlencode, urlsplit
 
-from jobs import JobRequestError, JobStepError
+from bazefield_answer import BazefieldError, error_inside, member, status_error
+from bazefield_settings import Settings
+from perfdb import clean
 
-TRIES = 5                      # of a call that may be repeated
-BUDGET_SECONDS = 120.0         # no further try after so long
-LONGEST_WAIT_SECONDS = 30.0    # between two tries, unless the server asks for longer
-BUSY = {429, 502, 503, 504}    # worth another try
+TRIES = 5                         # of a call that may be repeated
+BUDGET_SECONDS = 120.0            # no further try after so long
+LONGEST_WAIT_SECONDS = 30.0       # between two tries, unless the server asks for longer
+BUSY = {408, 429, 502, 503, 504}  # worth another try
 MAX_ANSWER_BYTES = 64_000_000
-
-
-class BazefieldError(JobStepError):
-    """Bazefield did not do what was asked; the text names the operation and what it said."""
-
-
-class SettingsError(BazefieldError, JobRequestError):
-    """The environment does not say, or wrongly, how to reach Bazefield."""
+LARGE_BYTES = 8_000_000           # of an answer whose memory is worth a thought
+SHOWN_BYTES = 20_000              # of an answer, at most, are looked at for what it says
+MAX_QUERY_BYTES = 2_000          # IIS refuses 2,048 and more, with a 404
 
 
 class LostAnswer(BazefieldError):
-    """Nobody knows whether the call was carried out: read back before asking again."""
+    """Nobody knows whether the call was carried out, or will be: read back before asking again."""
 
 
-@dataclass(frozen=True)
-class Operation:
-    """One call: verb, route with {placeholders}, what the metadata pages call it, how sure we are.
-
-    `fields` maps our names of body fields to the server's; `required` ones must never go out empty:
-    the server treats every field as optional, and a delete without bounds would be a disaster.
-    """
-
-    verb: str
-    route: str
-    metadata: str
-    known: str
-    fields: Mapping[str, str] = field(default_factory=dict)
-    required: tuple[str, ...] = ()
+# ----------------------------------------------------------------------------------------- secrets
 
 
-#: Everything this client calls. BAZEFIELD_OPERATIONS may override verb, route, metadata and fields.
-OPERATIONS = {
-    "metadata": Operation("GET", "/api/metadata", "", "[D]"),
-    "find_objects": Operation("GET", "/api/objects", "ObjectsByKeyGetRequest", "[D]"),
-    "list_objects": Operation("POST", "/api/objects/structure", "ObjectStructureGetRequest", "[D]"),
-    "points": Operation("POST", "/api/objects/getschemas", "ObjectDomainSchemasGetRequest", "[D]",
-                        required=("objectIds",)),
-    "read": Operation("POST", "/api/objects/timeseries", "GetDomainPointTimeSeries", "[D]",
-                      required=("objectIds", "points", "from", "to")),
-    "delete": Operation("POST", "/api/objects/points/delete", "DeleteObjectPointValues", "[D]",
-                        required=("objectIds", "points", "from", "to")),
-    "allocation_types": Operation("GET", "/api/allocationTypes", "AllocationTypesGetRequest", "[C]"),
-    "allocation_categories": Operation("GET", "/api/allocationCategories", "AllocationCategoriesGetRequest", "[A]"),
-    "allocations": Operation("GET", "/api/allocations/{type_name}/from/{from}/to/{to}",
-                             "AllocationsGetRequest", "[C]"),
-    "insert_allocation": Operation(
-        "POST", "/api/allocations/insert", "AllocationInsertRequest", "[A]",
-        {name: name for name in ("objectId", "allocationTypeId", "categoryId", "start", "end", "manual")},
-        required=("objectId", "allocationTypeId", "categoryId", "start", "end")),
-    "delete_allocation": Operation("POST", "/api/allocations/delete", "AllocationDeleteRequest", "[A]",
-                                   {"id": "id"}, required=("id",)),
-}
+def secret_pattern(key: str) -> re.Pattern[str]:
+    """Match a key as it is, percent-encoded, as JSON or HTML escapes, in hex and inside base64."""
+    raw = key.encode()
+    patterns = [_in_any_spelling(text) for text in (key, raw.hex())]
+    for lead in range(3):  # where in a group of three bytes the key begins
+        text = base64.b64encode(bytes(lead) + raw).decode()
+        inside = text[(lead * 8 + 5) // 6:(lead + len(raw)) * 8 // 6]  # what the key alone decides
+        if len(inside) > 3:
+            patterns += [rf"[\w+/-]{{0,2}}{_in_any_spelling(spelled)}[\w+/-]{{0,2}}"
+                         for spelled in {inside, inside.replace("+", "-").replace("/", "_")}]
+    return re.compile("|".join(patterns), re.IGNORECASE)
 
 
-# ------------------------------------------------------------------------------------------ settings
+def _in_any_spelling(text: str) -> str:
+    return r"\s*".join(map(_any_spelling, text))
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Where the server is and how to talk to it; the key does not show in repr."""
-
-    scheme: str
-    host: str
-    port: int | None
-    path: str
-    key: str = field(repr=False)
-    ca_bundle: str | None
-    timeout: float
-    operations: Mapping[str, Operation] = field(repr=False, default_factory=dict)
+def _any_spelling(character: str) -> str:
+    code, plain = ord(character), re.escape(character)
+    named = html.escape(character)
+    return (rf"(?:\\*{plain}|%(?:25)*{code:02x}|\\+u00{code:02x}|\\+x{code:02x}|&#0*{code};|"
+            rf"&#x0*{code:x};" + (f"|{named})" if named != character else ")"))
 
 
-def read_settings(env: Mapping[str, str] = os.environ) -> Settings:
-    """Return the settings of the environment; raise `SettingsError` naming everything wrong with them."""
-    problems: list[str] = []
-    url = urlsplit(env.get("BAZEFIELD_URL", ""))
-    if not _is_safe(url):
-        problems.append(f"BAZEFIELD_URL={env.get('BAZEFIELD_URL', '')!r}: write https://HOST "
-                        "(plain http is taken for localhost only), without user, query or fragment"
-                        if not url.username else "BAZEFIELD_URL must not hold a user or password")
-    key = _read_key(env, problems)
-    ca_bundle = env.get("BAZEFIELD_CA_BUNDLE") or None
-    if ca_bundle and not os.path.isfile(ca_bundle):
-        problems.append(f"BAZEFIELD_CA_BUNDLE={ca_bundle!r} is no file")
-    timeout = _read_timeout(env, problems)
-    operations = _read_operations(env, problems)
-    if problems:
-        raise SettingsError("\n  ".join(["Bazefield cannot be reached from here; nothing was sent:", *problems]))
-    return Settings(url.scheme, url.hostname or "", url.port, url.path.rstrip("/") or "/BazeField.Services",
-                    key, ca_bundle, timeout, operations)
+# ---------------------------------------------------------------------------------------- one call
 
 
-def _is_safe(url: Any) -> bool:
-    try:
-        url.port  # noqa: B018  raises if it is no number
-    except ValueError:
-        return False
-    local = url.hostname in ("localhost", "127.0.0.1", "::1")
-    return bool(url.hostname and (url.scheme == "https" or (url.scheme == "http" and local))
-                and not (url.username or url.password or url.query or url.fragment))
+class TimedSocket:
+    """A socket on which a whole exchange must be over by `until`, however small its drips."""
+
+    def __init__(self, connected: socket.socket, until: float) -> None:
+        self.socket = connected
+        self.until = until  # as time.monotonic() counts
+
+    def left(self) -> float:
+        """Return the seconds left; raise `TimeoutError` if there are none."""
+        return seconds_left(self.until)
+
+    def sendall(self, data: bytes) -> None:
+        self.socket.settimeout(self.left())
+        self.socket.sendall(data)
+
+    def makefile(self, _mode: str) -> io.BufferedReader:
+        return io.BufferedReader(TimedBytes(self))
+
+    def is_stale(self) -> bool:
+        """Whether the server has hung up, or said something unasked such as a 408."""
+        poll = select.poll()
+        poll.register(self.socket, select.POLLIN)
+        return bool(poll.poll(0))
+
+    def close(self) -> None:
+        self.socket.close()
 
 
-def _read_key(env: Mapping[str, str], problems: list[str]) -> str:
-    key, file = env.get("BAZEFIELD_API_KEY", ""), env.get("BAZEFIELD_API_KEY_FILE", "")
-    if not key and file:
+class TimedBytes(io.RawIOBase):
+    def __init__(self, timed: TimedSocket) -> None:
+        self.timed = timed
+        self.raw = timed.socket.makefile("rb", buffering=0)  # keeps it open to the end
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        self.timed.socket.settimeout(self.timed.left())
+        return self.raw.readinto(buffer)
+
+    def close(self) -> None:
+        self.raw.close()
+        super().close()
+
+
+class Response(http.client.HTTPResponse):
+    """An answer; interim ones before it (100 Continue, 103 Early Hints) are passed over."""
+
+    def _read_status(self) -> tuple[str, int, str]:
+        while True:
+            version, status, reason = super()._read_status()
+            if not 100 <= status < 200:
+                return version, status, reason
+            http.client.parse_headers(self.fp)
+
+
+def seconds_left(until: float) -> float:
+    left = until - time.monotonic()
+    if left <= 0:
+        raise TimeoutError("timed out")
+    return left
+
+
+def connect(settings: Settings, until: float) -> http.client.HTTPConnection:
+    """Return an open connection; raise `OSError` if there is none by `until`."""
+    connection = http.client.HTTPConnection(settings.host, settings.port)
+    connection.response_class = Response
+    port = settings.port or (443 if settings.scheme == "https" else 80)
+    raw = _first_of(socket.getaddrinfo(settings.host, port, type=socket.SOCK_STREAM), until)
+    raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if settings.scheme == "https":
+        import ssl
+        raw.settimeout(seconds_left(until))
+        raw = ssl.create_default_context(cafile=settings.ca_bundle).wrap_socket(
+            raw, server_hostname=settings.host)
+    connection.sock = TimedSocket(raw, until)
+    return connection
+
+
+def _first_of(addresses: list[Any], until: float) -> socket.socket:
+    """Return a connection to the first address that takes it, all within the time left."""
+    for n, (*_, address) in enumerate(addresses, 1):
         try:
-            with open(file, encoding="utf-8") as stream:
-                key = stream.read()
-        except (OSError, UnicodeDecodeError) as exc:
-            problems.append(f"BAZEFIELD_API_KEY_FILE={file!r}: {type(exc).__name__}, cannot be read")
-            return ""
-    key = key.strip()
-    if not key:
-        problems.append("BAZEFIELD_API_KEY (or BAZEFIELD_API_KEY_FILE) is not set")
-    elif not re.fullmatch(r"[\x21-\x7e]+", key):
-        problems.append("the API key has characters a header cannot carry")
-    return key
+            return socket.create_connection(address[:2], seconds_left(until))
+        except OSError:
+            if n == len(addresses):
+                raise
+    raise OSError("no address")
 
 
-def _read_timeout(env: Mapping[str, str], problems: list[str]) -> float:
-    text = env.get("BAZEFIELD_TIMEOUT") or "60"
-    try:
-        if 0 < float(text) < 86_400:
-            return float(text)
-    except ValueError:
-        pass
-    problems.append(f"BAZEFIELD_TIMEOUT={text!r}: write seconds, e.g. 60")
-    return 60
+def read_body(response: http.client.HTTPResponse) -> bytearray:
+    """Return the whole body; raise `TooLong` or, if it was cut short, `IncompleteRead`."""
+    content = bytearray()
+    if (response.length or 0) <= MAX_ANSWER_BYTES:
+        while piece := response.read(65_536):
+            content += piece
+            if len(content) > MAX_ANSWER_BYTES:
+                break
+    if max(len(content), response.length or 0) > MAX_ANSWER_BYTES:
+        raise TooLong(f"an answer of more than {MAX_ANSWER_BYTES:,} bytes")
+    if response.length:
+        raise http.client.IncompleteRead(b"", response.length)
+    return content
 
 
-def _read_operations(env: Mapping[str, str], problems: list[str]) -> dict[str, Operation]:
-    """Return OPERATIONS with what the file of BAZEFIELD_OPERATIONS changes."""
-    operations = dict(OPERATIONS)
-    if not (file := env.get("BAZEFIELD_OPERATIONS")):
-        return operations
-    try:
-        with open(file, encoding="utf-8") as stream:
-            changes = json.load(stream)
-        for name, change in changes.items():
-            if unknown := set(change) - {"verb", "route", "metadata", "fields"}:
-                raise ValueError(f"{name}: unknown {sorted(unknown)}")
-            operations[name] = replace(operations[name], **change | {
-                "fields": {**operations[name].fields, **change.get("fields", {})}})
-    except KeyError as exc:
-        problems.append(f"BAZEFIELD_OPERATIONS={file!r}: no operation {exc}; known: {', '.join(OPERATIONS)}")
-    except (OSError, ValueError, AttributeError, TypeError) as exc:
-        problems.append(f"BAZEFIELD_OPERATIONS={file!r}: {exc}")
-    return operations
+def decoded(body: bytearray) -> str:
+    """Return a body as text; raise `UnicodeDecodeError` if it is no UTF-8.
+
+    Python keeps a text with one character beyond Latin-1 at two or four bytes for each: in a large
+    one they are written as JSON escapes.
+    """
+    if body.startswith(codecs.BOM_UTF8):
+        del body[:3]
+    if len(body) > LARGE_BYTES and not body.isascii():
+        body[:] = re.sub(rb"[\x80-\xff]+", _as_json_escapes, body)
+    return body.decode()
 
 
-# ------------------------------------------------------------------------------------------ the client
+def _as_json_escapes(found: re.Match[bytes]) -> bytes:
+    return json.dumps(found[0].decode())[1:-1].encode()
+
+
+class TooLong(Exception):
+    """Nobody asked for so much."""
+
+
+class _Again(Exception):
+    """Another try may help."""
+
+    def __init__(self, text: str, unheard: bool = False, retry_after: float = 0) -> None:
+        self.text = text
+        self.unheard = unheard  # the server has certainly not done it, and will not
+        self.retry_after = retry_after
+
+
+# -------------------------------------------------------------------------------------- the client
 
 
 class Client:
     """Calls operations over one kept-alive connection; not for several threads at once."""
 
-    def __init__(self, settings: Settings, sleep: Callable[[float], Any] = time.sleep) -> None:
+    sleep = staticmethod(time.sleep)
+
+    def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.sleep = sleep
+        self._secret = secret_pattern(settings.key)
         self._connection: http.client.HTTPConnection | None = None
 
-    def call(self, name: str, *, body: Mapping[str, Any] | None = None, query: Mapping[str, str] | None = None,
-             parts: Mapping[str, str] | None = None, repeat: bool = True) -> Any:
-        """Carry out an operation and return its answer, parsed.
+    def call(self, name: str, *, body: Mapping[str, Any] | None = None,
+             query: Mapping[str, str] | None = None, parts: Mapping[str, str] | None = None,
+             repeat: bool = True, shrink: Callable[[dict], Any] | None = None) -> Any:
+        """Carry out an operation and return its answer, parsed; None if it says nothing (204).
 
-        `parts` fill the {placeholders} of the route. With `repeat` (reads, deletes) busy servers, lost
-        connections and timeouts are tried again with growing random waits, at most TRIES times within
-        BUDGET_SECONDS; without it only a 429 is, and a lost answer raises `LostAnswer`. Raise
-        `BazefieldError` if the server says no, answers nonsense, or does not answer.
+        `parts` fill the {placeholders} of the route; `shrink` is called with each object of the
+        answer and what it returns is kept instead. With `repeat` (reads, deletes) busy servers,
+        lost connections and timeouts are tried again with growing random waits, at most TRIES
+        times within BUDGET_SECONDS; without it only what the server has certainly not heard (no
+        connection, a 429), and a lost answer raises `LostAnswer`. Raise `BazefieldError` if the
+        server says no, answers nonsense, or does not answer.
         """
-        operation = self.settings.operations[name]
-        if missing := [key for key in operation.required if (body or {}).get(operation.fields.get(key, key))
-                       in (None, "", [], ())]:
-            raise ValueError(f"{name} must never go out without {', '.join(missing)}; nothing was sent")
-        path = self.settings.path + operation.route.format_map(
-            {key: quote(value, safe="") for key, value in (parts or {}).items()})
-        path += "?" + urlencode({**(query or {}), "format": "json"})
+        path, content = self._request(name, body, query, parts)
         until = time.monotonic() + BUDGET_SECONDS
-        for tries_left in range(TRIES - 1, -1, -1):
+        for tries in range(1, TRIES + 1):
             try:
-                return self._once(name, operation.verb, path, body)
+                return self._once(name, path, content, repeat, shrink)
             except _Again as again:
-                wait = max(random.uniform(0, min(LONGEST_WAIT_SECONDS, 0.25 * 2 ** (TRIES - tries_left))),
-                           again.retry_after)
-                may = repeat or again.status == 429
-                if not (may and tries_left and time.monotonic() + wait < until):
-                    raise (BazefieldError if repeat or again.status == 429 else LostAnswer)(
-                        f"{name}: {again.text}" + (f", {TRIES - tries_left} tries" if may else "")) from None
+                may = repeat or again.unheard
+                wait = max(again.retry_after,
+                           random.uniform(0, min(LONGEST_WAIT_SECONDS, 0.25 * 2 ** tries)))
+                if not may or tries == TRIES or time.monotonic() + wait > until:
+                    text = again.text + (f", {tries} tries" if may else "")
+                    raise self.error(name, text, BazefieldError if may else LostAnswer) from None
             self.sleep(wait)
         raise AssertionError("unreachable")
 
@@ -223,94 +246,154 @@ class Client:
             self._connection.close()
             self._connection = None
 
-    def _connect(self) -> http.client.HTTPConnection:
-        s = self.settings
-        if s.scheme == "http":
-            return http.client.HTTPConnection(s.host, s.port, timeout=s.timeout)
-        import ssl
-        return http.client.HTTPSConnection(s.host, s.port, timeout=s.timeout,
-                                           context=ssl.create_default_context(cafile=s.ca_bundle))
+    def hide(self, text: str) -> str:
+        """Return `text` without the key, however it is spelled."""
+        return self._secret.sub("***", text)
 
-    def _once(self, name: str, verb: str, path: str, body: Any) -> Any:
+    def clean(self, text: str) -> str:
+        """Return `text` on one line, 400 characters at most, without key or control character."""
+        return " ".join(clean(self.hide(text)).split())[:400]
+
+    def error(self, name: str, text: str,
+              kind: type[BazefieldError] = BazefieldError) -> BazefieldError:
+        return kind(self.clean(f"{name}: {text}"))
+
+    def _request(self, name: str, body: Any, query: Any, parts: Any) -> tuple[str, bytes | None]:
+        """Return the path with its query, and the body to send."""
+        operation = self.settings.operations[name]
+        if missing := [key for key in operation.required if (body or {}).get(
+                operation.fields.get(key, key)) in (None, "", [], ())]:
+            raise ValueError(f"{name} must never go out without {', '.join(missing)}; "
+                             "nothing was sent")
+        path = self.settings.path + operation.route.format_map(
+            {key: quote(value, safe="") for key, value in (parts or {}).items()})
+        asked = urlencode({**(query or {}), "format": "json"})
+        if len(asked) > MAX_QUERY_BYTES or len(path) > MAX_QUERY_BYTES:
+            raise self.error(name, f"more than {MAX_QUERY_BYTES:,} bytes in a URL; not sent")
+        path += ("&" if "?" in path else "?") + asked  # a changed route may bring some of its own
+        return path, None if body is None else json.dumps(body).encode()
+
+    def _once(self, name: str, path: str, content: bytes | None, repeat: bool, shrink: Any) -> Any:
         """Send one request; raise `_Again` for whatever another try may cure."""
-        if self._connection is None:
-            self._connection = self._connect()
-        headers = {"Authorization": f"Bearer {self.settings.key}", "Accept": "application/json"}
-        if body is not None:
-            headers["Content-Type"] = "application/json"
         try:
-            self._connection.request(verb, path, None if body is None else json.dumps(body), headers)
-            response = self._connection.getresponse()
-            if int(response.getheader("Content-Length") or 0) > MAX_ANSWER_BYTES:
-                raise http.client.HTTPException(f"an answer of more than {MAX_ANSWER_BYTES} bytes")
-            content = response.read()  # without a number: then a body cut short is noticed
-        except (OSError, http.client.HTTPException) as exc:
+            verb = self.settings.operations[name].verb
+            response, body = self._exchange(verb, path, content, repeat)
+        except TooLong as exc:
             self.close()
+            raise self.error(name, str(exc), BazefieldError if repeat else LostAnswer) from None
+        except BaseException as exc:  # half an answer must not be read by the next call
+            unheard = self._connection is None
+            self.close()
+            if not isinstance(exc, Exception):
+                raise  # the step's time is over
             if type(exc).__name__ == "SSLCertVerificationError":
-                raise BazefieldError(f"{name}: the server's certificate is not trusted: {exc.verify_message}; "
-                                     "name its authority in BAZEFIELD_CA_BUNDLE") from None
-            raise _Again(self._clean(f"no answer from {self.settings.host}: {exc or type(exc).__name__}")) from None
-        except BaseException:  # the step's time is over: half an answer must not be read by the next call
-            self.close()
-            raise
-        return self._checked(name, response, content)
-
-    def _checked(self, name: str, response: http.client.HTTPResponse, content: bytes) -> Any:
-        """Return the parsed answer if it is a success: 2xx, JSON, and no error inside."""
-        said = self._clean(first_line(content))
+                raise self.error(name, "the server's certificate is not trusted: "
+                                 f"{exc.verify_message}; name its authority in BAZEFIELD_CA_BUNDLE"
+                                 ) from None
+            raise _Again(f"no answer from {self.settings.host}: {self._why(exc)}",
+                         unheard) from None
         if response.will_close:
             self.close()
-        if response.status in BUSY:
-            raise _Again(f"status {response.status}: {said}", response.status, retry_after(response))
-        if 300 <= response.status < 400:
-            host = urlsplit(response.getheader("Location", "")).hostname
-            raise BazefieldError(f"{name}: redirected to {host!r}, which is not followed; set BAZEFIELD_URL")
-        if not 200 <= response.status < 300:
-            raise BazefieldError(f"{name}: status {response.status}: {said}{hint(response.status)}")
+        self._check_status(name, response, body)
+        return self._parsed(name, response, body, shrink)
+
+    def _exchange(self, verb: str, path: str, content: bytes | None,
+                  repeat: bool) -> tuple[http.client.HTTPResponse, bytearray]:
+        """Send a request and return the answer with its body, all of it within the time limit."""
+        until = time.monotonic() + self.settings.timeout
+        # On a kept connection nobody can tell a server that has hung up while idle from one that
+        # took the request and died: what must not be sent twice goes over a new one.
+        if self._connection and (not repeat or self._connection.sock.is_stale()):
+            self.close()
+        if kept := self._connection is not None:
+            self._connection.sock.until = until
+        else:
+            self._connection = connect(self.settings, until)
         try:
-            answer = json.loads(content)
+            self._connection.request(verb, path, content, self._headers(content))
+            response = self._connection.getresponse()
+        except ConnectionError:
+            if not kept:
+                raise
+            self.close()  # ended at this very moment: no reason to wait before the next try
+            return self._exchange(verb, path, content, repeat)
+        return response, read_body(response)
+
+    def _headers(self, content: bytes | None) -> dict[str, str]:
+        headers = {"Authorization": f"Bearer {self.settings.key}", "Accept": "application/json"}
+        return headers | ({} if content is None else {"Content-Type": "application/json"})
+
+    def _why(self, exc: Exception) -> str:
+        if isinstance(exc, TimeoutError):
+            return f"not complete within {self.settings.timeout:g} s (BAZEFIELD_TIMEOUT)"
+        if isinstance(exc, http.client.IncompleteRead):
+            return "it was cut short"
+        return f"{type(exc).__name__}: {exc}" if str(exc) else type(exc).__name__
+
+    def _check_status(self, name: str, response: http.client.HTTPResponse,
+                      body: bytearray) -> None:
+        """Raise what an answer that is no success means."""
+        status = response.status
+        if status in BUSY:
+            raise _Again(f"status {status}: {self._said(body)}", status == 429,
+                         retry_after(response))
+        if 300 <= status < 400:
+            raise self.error(name, f"redirected to {redirected_to(response)!r}, which is not "
+                             "followed; set BAZEFIELD_URL")
+        if not 200 <= status < 300:
+            raise self.error(name, f"status {status}: {self._said(body)}{HINTS.get(status, '')}")
+
+    def _parsed(self, name: str, response: http.client.HTTPResponse, body: bytearray,
+                shrink: Any) -> Any:
+        """Return what a success holds, None if nothing; raise if that is no JSON or an error."""
+        coding = response.getheader("Content-Encoding", "identity")
+        if coding.strip().lower() not in ("", "identity"):
+            raise self.error(name, f"status {response.status}, but the answer is compressed "
+                             f"({coding}), which was not asked for; what on the way does that?")
+        if not body:
+            return None
+        try:
+            text = decoded(body)
+            del body[SHOWN_BYTES:]  # or a large answer would take its memory twice
+            value = json.loads(text, object_hook=shrink)
+        except RecursionError:
+            raise self.error(name, "an answer that is nested too deep") from None
         except ValueError:
-            raise BazefieldError(f"{name}: status {response.status}, but no JSON: {said}") from None
-        if text := error_inside(answer):
-            raise BazefieldError(f"{name}: status {response.status}, but {self._clean(text)}")
-        return answer
+            said = self._said(body)
+            if response.getheader("Content-Length") is None and not response.chunked:
+                raise _Again(f"no whole answer: {said}") from None  # cut short, for all we know
+            raise self.error(name, f"status {response.status}, but no JSON: {said}") from None
+        if text := error_inside(value):
+            raise self.error(name, f"status {response.status}, but {text}")
+        return value
 
-    def _clean(self, text: str) -> str:
-        """Return `text` on one line without the key, whoever put it there."""
-        return " ".join(text.replace(self.settings.key, "***").split())[:300]
+    def _said(self, body: bytearray) -> str:
+        """Return what an answer says that is no success: its message, or its first line.
 
-
-class _Again(Exception):
-    """Another try may help."""
-
-    def __init__(self, text: str, status: int = 0, retry_after: float = 0) -> None:
-        self.text, self.status, self.retry_after = text, status, retry_after
-
-
-def error_inside(answer: Any) -> str:
-    """Return the error that an answer with status 200 holds, or ''."""
-    if not isinstance(answer, dict):
-        return ""
-    status = answer.get("responseStatus") or {}
-    if status.get("errorCode"):
-        return f"{status['errorCode']}: {status.get('message') or 'no message'}"
-    return str((answer.get("replyInfo") or {}).get("error") or "")
-
-
-def first_line(content: bytes) -> str:
-    """Return what an error answer says: its message if it is JSON, else its first line without tags."""
-    text = content[:4000].decode("utf-8", "replace")
-    try:
-        status = json.loads(text)["responseStatus"]
-        return f"{status['errorCode']}: {status.get('message', '')}"
-    except (ValueError, KeyError, TypeError):
-        lines = [line.strip() for line in re.sub("<[^>]*>", " ", text).splitlines()]
+        The key is taken out before anything is cut off, or half of it might be left.
+        """
+        text = self.hide(body[:SHOWN_BYTES].decode("utf-8", "replace"))
+        if len(body) >= SHOWN_BYTES:
+            text = text[:max(0, len(text) - 12 * len(self.settings.key))]
+        try:
+            if said := status_error(member(json.loads(text), "responseStatus")):
+                return said
+        except (ValueError, RecursionError, AttributeError, TypeError):
+            pass
+        lines = (line.strip() for line in re.sub("<[^>]*>", " ", text).splitlines())
         return next((line for line in lines if line), "(empty answer)")
 
 
-def hint(status: int) -> str:
-    return {401: "; check the API key", 403: "; the key's user lacks the right (write access to the tag's data "
-            "is separate from access to the object)"}.get(status, "")
+HINTS = {401: "; check the API key",
+         403: "; the key's user lacks the right (write access to the tag's data is separate from "
+              "access to the object)"}
+
+
+def redirected_to(response: http.client.HTTPResponse) -> str | None:
+    try:
+        return urlsplit(response.getheader("Location", "")).hostname
+    except ValueError:
+        return None
 
 
 def retry_after(response: http.client.HTTPResponse) -> float:
@@ -321,5 +404,5 @@ def retry_after(response: http.client.HTTPResponse) -> float:
     from email.utils import parsedate_to_datetime
     try:
         return max(0.0, (parsedate_to_datetime(text) - datetime.now(UTC)).total_seconds())
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, IndexError, OverflowError):
         return 0.0

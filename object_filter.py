@@ -2,8 +2,9 @@
 
     {"selected": {"parent": ["LAN"], "instances": ["KOR-07"]}, "ignored": {"models": ["G97"]}}
 
-Each half may name `instances` (objects), `types`, `models` and `parent`: the union of what `selected`
-names, less the union of what `ignored` names. `parent` means the leaves (turbines, inverters) below it.
+Each half may name `instances` (objects), `types`, `models` and `parent`: the union of what
+`selected` names, less the union of what `ignored` names. `parent` means the leaves (turbines,
+inverters) below it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _HALF = {"type": "object", "additionalProperties": False,
 OBJECT_FILTER = {"type": "object", "required": ["selected"], "additionalProperties": False,
                  "properties": {"selected": _HALF, "ignored": _HALF}}
 
-# named: every name of the filter with what it stands for; a name that stands for nothing has id NULL.
+# named: every name of the filter with what it stands for; one that stands for nothing has id NULL.
 # below: the tree under the parents. UNION, not UNION ALL: a circle of parents would never end.
 SELECT_SQL = """
 WITH RECURSIVE asked AS (
@@ -56,29 +57,38 @@ WITH RECURSIVE asked AS (
       LEFT JOIN below leaf ON leaf.half = asked.half
                           AND leaf.name = asked.name
                           AND leaf.is_below
-                          AND NOT EXISTS (SELECT FROM objects child WHERE child.parent_id = leaf.id)
+                          AND NOT EXISTS (SELECT FROM objects child
+                                           WHERE child.parent_id = leaf.id)
      WHERE asked.kind = 'parent'
 )
 SELECT o.id, o.name, o.bazefield_id,
-       ARRAY(SELECT half || '.' || kind || ' ' || quote_literal(name) FROM named WHERE id IS NULL ORDER BY 1)
+       ARRAY(SELECT half || '.' || kind || ' ' || quote_literal(name)
+               FROM named
+              WHERE id IS NULL
+              ORDER BY 1)
   FROM (SELECT 1) AS always
   LEFT JOIN objects o ON o.id IN (SELECT id FROM named WHERE half = 'selected')
-                     AND o.id NOT IN (SELECT id FROM named WHERE half = 'ignored' AND id IS NOT NULL)
+                     AND o.id NOT IN (SELECT id FROM named
+                                       WHERE half = 'ignored' AND id IS NOT NULL)
  ORDER BY o.name
 """
 
 
-def select(connection: psycopg.Connection, object_filter: dict[str, Any]) -> list[tuple[int, str, str | None]]:
+def select(connection: psycopg.Connection,
+           object_filter: dict[str, Any]) -> list[tuple[int, str, str | None]]:
     """Return (id, name, bazefield_id) of the objects a filter selects, by name.
 
-    Raise `JobRequestError` if `selected` names nothing, a name stands for nothing, or nothing is left.
+    Raise `JobRequestError` if `selected` names nothing, a name stands for nothing, or nothing is
+    left.
     """
     if not any(object_filter["selected"].values()):
-        raise JobRequestError("object_filter.selected is empty: name instances, types, models or parent")
+        raise JobRequestError("object_filter.selected is empty: name instances, types, models or "
+                              "parent")
     rows = query(connection, SELECT_SQL, {"filter": Jsonb(object_filter)})
     if unknown := rows[0][3]:
         raise JobRequestError("object_filter names what no object has: " + ", ".join(unknown)
                               + "; see objects, object_models, object_types")
     if rows[0][0] is None:
-        raise JobRequestError("object_filter: nothing is left of selected after ignored was taken out")
+        raise JobRequestError("object_filter: nothing is left of selected after ignored was taken "
+                              "out")
     return [row[:3] for row in rows]

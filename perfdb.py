@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import re
 import select
@@ -100,7 +101,7 @@ def parse_time(text: str) -> datetime:
     return moment.astimezone(UTC)
 
 
-# ------------------------------------------------------------------------------------ connecting
+# -------------------------------------------------------------------------------------- connecting
 
 
 def connect(dsn: str | None = None,
@@ -221,7 +222,7 @@ def query(connection: psycopg.Connection, sql: str, params: Any = None) -> list[
         return cursor.fetchall() if cursor.description else []
 
 
-# ------------------------------------------------------------------------------ what can go wrong
+# ------------------------------------------------------------------------------- what can go wrong
 
 
 # Classes of SQLSTATE, or whole ones: 08 connection, 40 rolled back (serialization, deadlock),
@@ -329,16 +330,35 @@ def _backend(connection: psycopg.Connection) -> int | None:
             pids.append(int(result.get_value(0, 0)))
 
 
-def clean(text: str, connection: psycopg.Connection | None = None) -> str:
-    """Return `text` as PostgreSQL can store it: no NUL, no half of a surrogate pair.
+# What moves a terminal or turns its text around: C0 but newline and tab, DEL, C1, line separators
+# and marks of writing direction.
+CONTROL = re.compile("[\x01-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
-    With `connection`, also nothing that its database's encoding lacks: a euro sign in a LATIN1
-    database becomes a question mark.
+
+def clean(text: str, connection: psycopg.Connection | None = None) -> str:
+    """Return `text` as PostgreSQL can store and any terminal can show it.
+
+    Control characters become visible text such as \\x1b, newline and tab stay; NUL and halves of a
+    surrogate pair are replaced. With `connection`, also nothing is left that its database's
+    encoding lacks: a euro sign in a LATIN1 database becomes a question mark.
     """
-    text = text.replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode()
+    text = text.replace("\r\n", "\n").replace("\0", "\N{REPLACEMENT CHARACTER}")
+    text = CONTROL.sub(_visible, text).encode("utf-8", "replace").decode()
     encoding = (connection and connection.info.parameter_status("server_encoding")) or "UTF8"
     codec = encoding.replace("WIN", "cp").replace("KOI8", "koi8_")  # others as they are
     try:
         return text.encode(codec, "replace").decode(codec)
     except LookupError:
         return text.encode("ascii", "replace").decode()
+
+
+def _visible(found: re.Match[str]) -> str:
+    code = ord(found[0])
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+
+
+class LogFormatter(logging.Formatter):
+    """Log lines in which control characters show as text, wherever they come from."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return clean(super().format(record))

@@ -16,6 +16,7 @@
 --   object_types     turbine, inverter, mast, park ...
 --   object_models    models of a type: what they measure and which alarms they raise
 --   objects          the turbines, inverters, masts and parks themselves
+--   bazefield_inserts  allocations sent to Bazefield of which nobody has seen yet that they arrived
 --   features         the ten-minute signals of a model
 --   feature_values   the samples
 --   alarms           the alarms of a model and what triggers them
@@ -346,6 +347,28 @@ COMMENT ON COLUMN objects.parent_id       IS 'The object it stands under, e.g. i
 COMMENT ON COLUMN objects.bazefield_id    IS 'Bazefield''s objectId, 16 hex digits; NULL: looked up there by name.';
 
 CREATE INDEX IF NOT EXISTS objects_parent_idx ON objects (parent_id);  -- walks from a park down to its leaves
+
+
+-- Read and written by the steps of Bazefield Insert Allocation that hold the lock of the object and type.
+CREATE TABLE IF NOT EXISTS bazefield_inserts (
+    bazefield_id        text         NOT NULL,
+    allocation_type_id  bigint       NOT NULL,
+    category_id         bigint       NOT NULL,
+    start_time          timestamptz  NOT NULL,
+    end_time            timestamptz  NOT NULL,
+    may_arrive_until    timestamptz  NOT NULL,
+
+    PRIMARY KEY (bazefield_id, allocation_type_id),
+    CONSTRAINT insert_ends_after_it_starts CHECK (end_time > start_time)
+);
+
+COMMENT ON TABLE  bazefield_inserts                    IS 'Allocations sent to Bazefield and not yet seen there: a row that stays is of a step that died or lost the answer, and makes the next one look before it inserts.';
+COMMENT ON COLUMN bazefield_inserts.bazefield_id       IS 'Bazefield''s objectId, 16 upper-case hex digits.';
+COMMENT ON COLUMN bazefield_inserts.allocation_type_id IS 'Bazefield''s id of the allocation type.';
+COMMENT ON COLUMN bazefield_inserts.category_id        IS 'Bazefield''s id of the category that was sent.';
+COMMENT ON COLUMN bazefield_inserts.start_time         IS 'Start of the allocation that was sent.';
+COMMENT ON COLUMN bazefield_inserts.end_time           IS 'Its end.';
+COMMENT ON COLUMN bazefield_inserts.may_arrive_until   IS 'Until then Bazefield may still carry it out.';
 
 
 CREATE TABLE IF NOT EXISTS features (

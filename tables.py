@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
+from perfdb import CONTROL, clean
+
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[Any]], width: int | None = None) -> str:
     """Return the rows as an aligned table that fits the terminal, the last column cut if need be."""
@@ -48,8 +50,9 @@ def text(value: Any) -> str:
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     if isinstance(value, dict):
-        return " ".join(f"{k}={json.dumps(v) if isinstance(v, dict | list) else text(v)}" for k, v in value.items())
-    return str(value).replace("\n", " ")
+        return " ".join(f"{text(k)}={json.dumps(v) if isinstance(v, dict | list) else text(v)}"
+                        for k, v in value.items())
+    return clean(str(value)).replace("\n", " ").replace("\t", " ")
 
 
 def duration(seconds: float) -> str:
@@ -61,7 +64,9 @@ def duration(seconds: float) -> str:
 
 
 def print_json(value: Any) -> None:
-    print(json.dumps(value, default=as_json, indent=2, ensure_ascii=False))
+    shown = json.dumps(value, default=as_json, indent=2, ensure_ascii=False)
+    # json leaves C1 and the like as they are; its own newlines stay.
+    print(CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", shown))
 
 
 def as_json(value: Any) -> Any:

@@ -28,6 +28,8 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 from psycopg.rows import dict_row
 
+pytest_plugins = ["bazefield_fixtures"]
+
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 TEST_DSN = os.environ.get("PERFDB_TEST_DSN", "")
