@@ -204,7 +204,7 @@ WITH RECURSIVE schedule AS (
      WHERE p.end_time < %(to)s
        AND p.n <= %(most)s
 ), job AS (
-    SELECT COALESCE(to_char(window_start, {TIME_FORMAT}), parameters ->> 'start') AS start,
+    SELECT COALESCE(to_char(window_start, {TIME_FORMAT}), parameters ->> 'start'::text) AS start,
            string_agg(id || ' ' || state, ', ' ORDER BY id) AS jobs,
            array_agg(state) AS states
       FROM job_instances

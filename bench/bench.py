@@ -1,11 +1,11 @@
 """Measure the toolkit beside what an operator would use otherwise; see bench/README.md.
 
     make bench                  all parts
-    make bench P="steps cold"   some: jobs steps create pickup claims alarms cold memory scale
+    make bench P="steps cold"   some: jobs steps create pickup claims alarms samples cold memory scale
 
 One PostgreSQL of its own, durable commits, everything interleaved in one run, medians of several
 rounds. Printed are ratios, beside what they must be and aim at; raw figures go to bench/results/.
---full: `scale` with a million jobs (else 200,000); mind the time.
+--full: `scale` with a million jobs (else 200,000), `samples` with ten million; mind the time.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "bench")]
 
 import bench_jobs  # noqa: E402
+import bench_samples  # noqa: E402
 import others  # noqa: E402
 import psycopg  # noqa: E402
 from embedded_pg import Server  # noqa: E402
@@ -526,13 +527,22 @@ SELECT avg(triggers::int)::float8, count(*) FILTER (WHERE begins) FROM change"""
                                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
 
 
-PARTS = ["steps", "jobs", "disk", "create", "pickup", "cold", "memory", "alarms", "claims", "scale"]
+    def samples(self) -> None:
+        """A month of 100 objects from CSV files (--full: a year), over a bare COPY of the same."""
+        times = 52_560 if self.full else 4_464
+        for what, ratio in bench_samples.measure(self.connection, self.dsn, times):
+            memory = "memory" in what
+            report(what, ratio, 1.2 if memory else 0.5, 1.0, "<" if memory else ">")
+
+
+PARTS = ["steps", "jobs", "disk", "create", "pickup", "cold", "memory", "alarms", "claims",
+         "samples", "scale"]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", nargs="*", help=f"which parts (default: all): {' '.join(PARTS)}")
-    parser.add_argument("--full", action="store_true", help="scale with a million jobs, else 200,000")
+    parser.add_argument("--full", action="store_true", help="a million jobs, ten million samples")
     args = parser.parse_args()
     if unknown := set(args.part) - set(PARTS):
         parser.error(f"no part {', '.join(sorted(unknown))}; there are {' '.join(PARTS)}")

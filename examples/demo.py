@@ -1,10 +1,11 @@
 """The main job, end to end, on a park made up for the purpose.
 
-Starts a PostgreSQL of its own in a temporary directory, makes the tables, four turbines and a month
-of ten-minute samples, asks for an Alarm Calculation, runs `handler.py --once` as cron would, and
-prints the job, its steps and the alarms it found. Nothing is left behind.
+Starts a PostgreSQL of its own in a temporary directory and goes the way of README's "Your park in
+five minutes": tables, four turbines from examples/park.toml, a month of ten-minute samples from a
+CSV file, an Alarm Calculation, `handler.py --once` as cron would run it. Prints the job, its steps
+and the alarms it found. Nothing is left behind.
 
-With PERFDB_DSN set it refuses, because it would write its samples there; --into-my-database does it.
+With PERFDB_DSN set it refuses, as it would write its samples there; --into-my-database does it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -25,56 +27,9 @@ import control  # noqa: E402
 import perfdb  # noqa: E402
 import tables  # noqa: E402
 
-PARK_SQL = """
-INSERT INTO object_types (name) VALUES ('wind_farm'), ('wind_turbine');
-INSERT INTO object_models (object_type_id, name)
-SELECT id, CASE name WHEN 'wind_farm' THEN 'park' ELSE 'G97' END FROM object_types;
-INSERT INTO objects (object_model_id, name) SELECT id, 'LAN' FROM object_models WHERE name = 'park';
-INSERT INTO objects (object_model_id, name, parent_id)
-SELECT m.id, 'LAN-0' || n, park.id
-  FROM object_models m, objects park, generate_series(1, 4) AS n
- WHERE m.name = 'G97' AND park.name = 'LAN';
-INSERT INTO features (object_model_id, name, unit)
-SELECT id, f.name, f.unit
-  FROM object_models, (VALUES ('wind_speed', 'm/s'), ('active_power', 'kW')) AS f(name, unit)
- WHERE object_models.name = 'G97';
-INSERT INTO alarms (object_model_id, manufacturer_id, name, trigger, non_overlapping_alarms)
-SELECT m.id, a.number, a.name,
-       jsonb_build_object('trigger_type', 'threshold', 'threshold_type', a.kind,
-                          'feature_name', a.feature, 'threshold_value', a.value),
-       a.important
-  FROM object_models m,
-       (VALUES (111, 'storm',      'high', 'wind_speed',   19::float8, '{}'::int[]),
-               (112, 'low output', 'low',  'active_power', 40,         '{111}')
-       ) AS a(number, name, kind, feature, value, important)
- WHERE m.name = 'G97';
-"""
-
-# Weather made of three slow waves and some noise, the same in every run; the power follows the wind
-# between 3 and 25 m/s, and in a storm the turbine stands still. A few samples are missing.
-SAMPLES_SQL = """
-SELECT setseed(0.5);
-WITH wind AS (
-    SELECT o.id AS object_id, ts,
-           GREATEST(0, 9 + 5 * sin(t / 90000 + o.id / 9.0) + 4 * sin(t / 31000) + 3 * sin(t / 11000 + o.id)
-                       + random()) AS speed
-      FROM objects o,
-           generate_series('2026-03-01 00:10+00'::timestamptz, '2026-04-01 00:00+00', '10 min') AS ts,
-           LATERAL (SELECT extract(epoch FROM ts)::float8) AS seconds(t)
-     WHERE o.parent_id IS NOT NULL
-)
-INSERT INTO feature_values (object_id, feature_id, timestamp, value)
-SELECT object_id, f.id, ts,
-       CASE WHEN f.name = 'wind_speed'        THEN speed
-            WHEN speed > 19 OR speed < 3      THEN 0
-            ELSE LEAST(2000, 4 * (speed - 3) ^ 3) END
-  FROM wind, features f
- WHERE random() > 0.002;
-VACUUM ANALYZE feature_values
-"""
-
+PARK = "examples/park.toml"
 PARAMETERS = {"object_names": ["LAN-01", "LAN-02", "LAN-03", "LAN-04"], "alarm_ids": [111, 112],
-              "start": "2026-03-01 00:00:00", "end": "2026-04-01 00:00:00"}
+              "start": "2026-03-01 00:00:00+01:00", "end": "2026-04-01 00:00:00+02:00"}
 
 ALARMS_SQL = """
 SELECT o.name                                                 AS object,
@@ -95,41 +50,50 @@ SELECT o.name                                                 AS object,
 def demo(dsn: str) -> int:
     """Make the park in the empty database `dsn`, run the job, print what came of it."""
     os.environ["PERFDB_DSN"] = dsn
-    run("jobctl.py", "init")
+    with tempfile.TemporaryDirectory() as directory:
+        file = str(Path(directory) / "LAN-March.csv")
+        status = (run("jobctl.py", "init") or run("plant.py", "apply", PARK)
+                  or run("examples/make_samples.py", file, "--from", "2026-03-01", "--days", "31")
+                  or run("samples.py", "load", file, "--layout", PARK))
+    return status or calculate(dsn)
+
+
+def calculate(dsn: str) -> int:
+    """Ask for the alarms of March, have them calculated, print job and alarms."""
     with perfdb.connect(dsn) as connection:
-        for statement in (PARK_SQL + SAMPLES_SQL).split(";\n"):
-            connection.execute(statement)
-        samples = connection.execute("SELECT count(*) FROM feature_values").fetchone()[0]
-        print(f"\n  A park of 4 turbines with {samples:,} ten-minute samples of March 2026.\n")
-        job_id = control.create_job(connection, "Alarm Calculation", PARAMETERS, "Alarms of LAN in March")
+        job_id = control.create_job(connection, "Alarm Calculation", PARAMETERS,
+                                    "Alarms of LAN in March")
         started = time.monotonic()
         status = run("handler.py", "--once")
         print(f"  {time.monotonic() - started:.1f} s, exit status {status}\n")
         run("jobctl.py", "show", str(job_id))
         print("\n  The alarms it found\n")
         cursor = connection.execute(ALARMS_SQL)
-        print(tables.table([column.name for column in cursor.description], cursor.fetchall()))
+        heads = [column.name for column in cursor.description]
+        print(tables.table(heads, cursor.fetchall()))
     return status
 
 
 def run(*command: str) -> int:
     """Run one of the project's commands as a user would and return its exit status."""
     print("$ python", *command, flush=True)
-    return subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]], check=False).returncode
+    return subprocess.run([sys.executable, *command], cwd=ROOT, check=False).returncode
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--into-my-database", action="store_true",
-                        help="make the park in the empty database of PERFDB_DSN instead, and leave it there")
+                        help="use the empty database of PERFDB_DSN, and leave the park there")
     args = parser.parse_args()
     dsn = os.environ.get("PERFDB_DSN")
     if args.into_my_database and dsn:
         return demo(dsn)
     if dsn:
         print("PERFDB_DSN is set, and the demo would write sample data into that database.\n"
-              "Unset it (env -u PERFDB_DSN make demo) to use a temporary server, or, for an empty database of "
-              "your own:\n  python examples/demo.py --into-my-database", file=sys.stderr)
+              "Unset it (env -u PERFDB_DSN make demo) to use a temporary server, or, for an empty "
+              "database of your own:\n  python examples/demo.py --into-my-database",
+              file=sys.stderr)
         return 2
     with Server() as server:
         return demo(server.dsn())

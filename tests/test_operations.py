@@ -12,6 +12,7 @@ import alarm_calc  # noqa: F401  its type
 import control
 import jobs
 import perfdb
+import samples
 
 ROOT = Path(__file__).parents[1]
 OPERATIONS = (ROOT / "OPERATIONS.md").read_text()
@@ -47,6 +48,17 @@ def test_each_role_can_do_its_work(roles, run_handler, conn):
         assert look.execute("SELECT count(*) FROM alarms_history").fetchone() == (1,)
 
 
+def test_the_loading_role_loads_and_asks(roles, tmp_path, monkeypatch):
+    monkeypatch.setenv("PERFDB_DSN", roles("perf_load"))
+    file = tmp_path / "LAN-01.csv"
+    for value in (1, 2):
+        file.write_text(f"time,wind_speed\n2026-03-01 00:10,{value}\n2026-03-01 01:00,{value}\n")
+        assert samples.main(["load", str(file), "--zone", "UTC", "--stamps", "end",
+                             "--recalculate"]) == 0
+    with perfdb.connect(roles("perf_look")) as look:
+        assert look.execute("SELECT count(*) FROM job_instances").fetchone() == (2,)
+
+
 def test_the_running_role_recovers_cancels_and_retries(roles, conn, run_handler):
     job_id = control.create_job(conn, "Alarm Calculation", PARAMETERS)
     conn.execute("UPDATE job_instances SET worker_id = 4711, state = 'Running', started = now()")  # of a dead worker
@@ -71,6 +83,8 @@ def test_the_running_role_recovers_cancels_and_retries(roles, conn, run_handler)
     ("perf_run", "UPDATE job_types SET max_running = 9"),
     ("perf_run", "UPDATE alarms SET trigger = '{}'"),
     ("perf_run", "DELETE FROM feature_values"),
+    ("perf_load", "DELETE FROM feature_values"),
+    ("perf_load", "UPDATE alarms SET trigger = '{}'"),
     ("perf_look", "INSERT INTO job_instances (job_type_id) VALUES (1)"),
     ("perf_look", "UPDATE job_instances SET comment = 'x'"),
 ])

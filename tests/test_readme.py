@@ -1,8 +1,11 @@
 """What README.md shows is what the files do."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
+import readme
 from park import MIDNIGHT, add_samples, every_ten_minutes, make_park
 
 import jobs
@@ -34,3 +37,17 @@ def test_the_job_type_of_ones_own_is_whole_short_and_runs(conn, run_handler, tmp
 def test_the_files_named_in_the_readme_exist():
     for name in re.findall(r"`([a-z_]+\.(?:py|sql|md)|examples/[a-z_.]+)`", README):
         assert (ROOT / name).exists(), name
+
+
+def test_the_park_in_five_minutes_prints_what_the_readme_shows(dsn, tmp_path):
+    block, = readme.BLOCK.findall(README)
+    assert [c.split()[1:3] for c in readme.commands(block)][:3] == [
+        ["jobctl.py", "init"], ["plant.py", "apply"], ["samples.py", "load"]]
+    assert readme.stable(readme.fresh(block, tmp_path)) == readme.stable(block), (
+        "python tests/readme.py writes the README anew")
+
+
+def test_the_csv_of_the_examples_is_what_its_script_writes(tmp_path):
+    subprocess.run([sys.executable, str(ROOT / "examples" / "make_samples.py"),
+                    str(tmp_path / "LAN.csv"), "--from", "2026-03-28", "--days", "2"], check=True)
+    assert (tmp_path / "LAN.csv").read_text() == (ROOT / "examples" / "LAN.csv").read_text()
