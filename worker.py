@@ -51,7 +51,7 @@ WITH worker AS (
     VALUES (%(worker_id)s, %(host)s, %(pid)s, pg_backend_pid())
     RETURNING id
 )
-SELECT current_setting('perfdb.settled', true) IS NOT NULL, pg_advisory_lock(id),
+SELECT current_setting('perfdb.settled', true) = 'on', pg_advisory_lock(id),
        set_config('application_name', %(idle_name)s, false),
        set_config('synchronous_commit', 'off', true)
   FROM worker
@@ -80,7 +80,7 @@ SELECT pg_terminate_backend(pid)
 """  # noqa: S608
 
 LOCK_SQL = """
-SELECT current_setting('perfdb.settled', true) IS NOT NULL,
+SELECT current_setting('perfdb.settled', true) = 'on',
        set_config('lock_timeout', %(wait)s, true), pg_advisory_lock(%(worker_id)s::bigint)
 """
 UNLOCK_SQL = "SELECT pg_advisory_unlock(%(worker_id)s::bigint)"
