@@ -434,8 +434,9 @@ def _free_step(worker: Worker, job_id: int, step: tuple[int, int, str | None], b
 
 
 # A lock cannot tell a hung worker from a busy one, but no step may run a minute past its limit, nor
-# may taking a job up: the worker itself ends it long before. The comment tells recovery why; a step
-# that ends at this very moment is no longer Running, and then nothing is terminated.
+# may taking a job up: the worker itself ends it long before. The comment tells recovery why. SKIP
+# LOCKED: one that hangs at its COMMIT has locked the row of its step, and whoever waited for that
+# would hang as well; its end is rolled back with its session, and the step runs again.
 END_OVERRUN_SQL = f"""
 WITH {HELD_CTE}, busy AS (
     SELECT j.id, j.state, j.last_state_change, t.step_timeout, held.pid
@@ -444,19 +445,31 @@ WITH {HELD_CTE}, busy AS (
       JOIN job_workers w ON w.id = j.worker_id
       JOIN held          ON held.id = w.id AND held.pid = w.backend_pid  -- not who recovers it now
      WHERE j.worker_id <> %(worker_id)s
-), step AS (
-    UPDATE job_steps s
-       SET comment = 'Overrun: longer than the step limit of ' || busy.step_timeout::text
-                  || ' (job_types.step_timeout) and its worker did not react; its connection was ended.'
+), late AS MATERIALIZED (
+    SELECT s.id AS step_id, busy.id, busy.pid, busy.step_timeout
       FROM busy
+      JOIN job_steps s ON s.job_instance_id = busy.id
      WHERE busy.state = 'Running'
-       AND s.job_instance_id = busy.id
        AND s.state = 'Running'
        AND s.started + busy.step_timeout + interval '1 minute' < clock_timestamp()
-    RETURNING busy.id, busy.pid
+), free AS MATERIALIZED (
+    SELECT id
+      FROM job_steps
+     WHERE id IN (SELECT step_id FROM late)
+       AND state = 'Running'
+       FOR UPDATE SKIP LOCKED
+), step AS (
+    UPDATE job_steps s
+       SET comment = 'Overrun: longer than the step limit of ' || late.step_timeout::text
+                  || ' (job_types.step_timeout) and its worker did not react; its connection was ended.'
+      FROM late, free
+     WHERE late.step_id = free.id
+       AND s.id = free.id
+    RETURNING s.id
 )
 SELECT id, pg_terminate_backend(pid, 5000::bigint)
-  FROM (SELECT id, pid FROM step
+  FROM (SELECT id, pid
+          FROM late, (SELECT count(*) FROM step) AS marked  -- before recovery can find it
          UNION
         SELECT id, pid
           FROM busy

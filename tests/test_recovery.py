@@ -160,6 +160,20 @@ def test_a_hanging_worker_is_ended_by_a_neighbour(start_handler, run_handler, as
     assert rows("SELECT comment FROM job_steps")[0][0].startswith("Overrun: longer than the step limit of 01:00:00")
 
 
+def test_a_worker_that_hangs_at_its_commit_keeps_no_neighbour(run_handler, ask, rows, states, dsn):
+    ask("ok", "ok")
+    hanging = Worker(dsn)
+    jobs.take_up(hanging, claim(hanging, "Transactional"))
+    rows("UPDATE job_steps SET started = now() - interval '1 hour 61 s' WHERE state = 'Running' RETURNING 1")
+    hanging.connection.execute("BEGIN")
+    hanging.connection.execute("UPDATE job_steps SET state = 'Finished', finished = now() WHERE position = 1")
+    run_handler("--once", *SAMPLES)
+    with pytest.raises(psycopg.OperationalError):
+        hanging.connection.execute("COMMIT")
+    assert states("job_instances") == ["Finished"]
+    assert rows("SELECT attempts FROM job_steps ORDER BY position") == [(2,), (1,)]
+
+
 def test_a_dead_worker_of_a_long_step_is_no_overrun(start_handler, run_handler, ask, rows, states, is_running):
     ask("sleep", sleep=0.2)
     handler = start_handler(*SAMPLES)
