@@ -27,6 +27,7 @@ from perfdb import connect, query, refuse_unfit, settlement
 log = logging.getLogger(__name__)
 
 LOCK_WAIT = "5s"      # for our own lock, which a former session of ours may still hold
+HANG_WAIT = "1min"    # for the next statement of a worker that puts somebody's job back
 PLANS_SECONDS = 1.0   # how long plans are kept
 MANY_STEPS = 1000     # of a job: it is not run by plans made for a small table
 MAX_DEATHS = 3        # a step, or taking a job up, is given up when so many workers died in it
@@ -281,10 +282,12 @@ OWN_SQL = "SELECT id, worker_id FROM job_instances WHERE worker_id = %(worker_id
 
 # Dead is whose lock we can take; we hold it to the end of the transaction, so a worker that is just
 # coming back waits for us and then sees what is left to it. SKIP LOCKED: a job that somebody is at
-# is left for the next look. Restarted since the worker took its lock: the job is not to blame.
+# is left for the next look; whoever hangs there is ended by the server, because no overrun finds one
+# that has no job. Restarted since the worker took its lock: the job is not to blame.
 LOCK_ORPHAN_SQL = """
 SELECT j.state, j.cancel_requested IS NOT NULL, j.attempts,
-       COALESCE(w.started < pg_postmaster_start_time(), false) AS by_restart
+       COALESCE(w.started < pg_postmaster_start_time(), false) AS by_restart,
+       set_config('idle_in_transaction_session_timeout', %(wait)s, true)
   FROM job_instances j
   LEFT JOIN job_workers w ON w.id = j.worker_id
  WHERE j.id = %(job_id)s
@@ -395,12 +398,12 @@ def put_back(worker: Worker, blame: bool = True) -> None:
 def _put_back(worker: Worker, job_id: int, owner: int | None, own: bool = False,
               blame: bool = True) -> str:
     """Free one job, in a transaction; return its state, '' if it is no orphan or somebody is at it."""
-    values = {"job_id": job_id, "owner": owner, "own": own}
+    values = {"job_id": job_id, "owner": owner, "own": own, "wait": HANG_WAIT}
     try:
         with worker.connection.transaction():
             if not (found := query(worker.connection, LOCK_ORPHAN_SQL, values)):
                 return ""
-            state, cancelled, attempts, by_restart = found[0]
+            state, cancelled, attempts, by_restart, _ = found[0]
             steps = query(worker.connection, LOCK_STEP_SQL, values)
             if cancelled:
                 return life.end_cancelled(worker, job_id, owner).state

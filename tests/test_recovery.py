@@ -11,11 +11,13 @@ import psycopg
 import pytest
 import sample_jobs  # noqa: F401  registers its types
 from helpers import claim, wait_for
+from proxy import Proxy
 
 import control
 import handler
 import jobs
 import perfdb
+import worker
 from worker import Worker, recover, use_worker
 
 SAMPLES = ("--module", "sample_jobs")
@@ -172,6 +174,24 @@ def test_a_worker_that_hangs_at_its_commit_keeps_no_neighbour(run_handler, ask, 
         hanging.connection.execute("COMMIT")
     assert states("job_instances") == ["Finished"]
     assert rows("SELECT attempts FROM job_steps ORDER BY position") == [(2,), (1,)]
+
+
+def test_a_worker_that_hangs_in_a_recovery_does_not_keep_the_job(ask, rows, dsn, monkeypatch):
+    monkeypatch.setattr(worker, "HANG_WAIT", "100ms")
+    ask("ok")
+    dead, neighbour = Worker(dsn), Worker(dsn)
+    jobs.take_up(dead, claim(dead, "Transactional"))
+    rows(f"SELECT pg_terminate_backend({dead.connection.info.backend_pid}, 5000)")
+    with Proxy(dsn, silent_at=b"NOWAIT") as proxy:
+        hanging = Worker(proxy.dsn)
+
+        def hang():
+            with contextlib.suppress(psycopg.Error):  # in the end
+                recover(hanging)
+        threading.Thread(target=hang, daemon=True).start()
+        wait_for(proxy.silent.is_set)
+        assert wait_for(lambda: recover(neighbour), timeout=5) == {1: "Queued"}
+    neighbour.close()
 
 
 def test_a_dead_worker_of_a_long_step_is_no_overrun(start_handler, run_handler, ask, rows, states, is_running):
