@@ -167,8 +167,9 @@ def _options(given: dict[str, Any], zone: str) -> str:
                             for name, value in ours.items() if name not in NOT_EVERYWHERE)])
 
 
-# perfdb.settled is there if the startup packet has reached the server. Apart from the statement
-# below and small, because a session's first statement is the dear one.
+# perfdb.settled is there if the startup packet has reached the server; off, set below, says that
+# RESET ALL takes back what could not be in it. Apart from the statement below and small, because a
+# session's first statement is the dear one.
 SETTLED_SQL = """
 SELECT current_setting('perfdb.settled', true) IS NOT NULL,
        current_setting('transaction_timeout', true) <> '0'
@@ -199,9 +200,11 @@ def connect_plainly(dsn: str | None = None) -> psycopg.Connection:
 def settlement() -> tuple[str, list[Any]]:
     """Return the statement, and its parameters, that sets again what RESET ALL has taken back.
 
-    Needed only where perfdb.settled is not set: where the startup packet did not reach the server.
+    Needed only where perfdb.settled is not on: where the startup packet did not reach the server or
+    the database has a transaction_timeout.
     """
-    return SETTLE_SQL, [Jsonb({"TimeZone": str(time_zone())} | SESSION_SETTINGS)]
+    return SETTLE_SQL, [Jsonb({"TimeZone": str(time_zone()), "perfdb.settled": "off"}
+                              | SESSION_SETTINGS)]
 
 
 def load_json(text: str | bytes) -> Any:

@@ -27,6 +27,7 @@ from perfdb import connect, query, refuse_unfit, settlement
 log = logging.getLogger(__name__)
 
 LOCK_WAIT = "5s"      # for our own lock, which a former session of ours may still hold
+HANG_WAIT = "1min"    # for the next statement of a worker that puts somebody's job back
 PLANS_SECONDS = 1.0   # how long plans are kept
 MANY_STEPS = 1000     # of a job: it is not run by plans made for a small table
 MAX_DEATHS = 3        # a step, or taking a job up, is given up when so many workers died in it
@@ -51,7 +52,7 @@ WITH worker AS (
     VALUES (%(worker_id)s, %(host)s, %(pid)s, pg_backend_pid())
     RETURNING id
 )
-SELECT current_setting('perfdb.settled', true) IS NOT NULL, pg_advisory_lock(id),
+SELECT current_setting('perfdb.settled', true) = 'on', pg_advisory_lock(id),
        set_config('application_name', %(idle_name)s, false),
        set_config('synchronous_commit', 'off', true)
   FROM worker
@@ -80,7 +81,7 @@ SELECT pg_terminate_backend(pid)
 """  # noqa: S608
 
 LOCK_SQL = """
-SELECT current_setting('perfdb.settled', true) IS NOT NULL,
+SELECT current_setting('perfdb.settled', true) = 'on',
        set_config('lock_timeout', %(wait)s, true), pg_advisory_lock(%(worker_id)s::bigint)
 """
 UNLOCK_SQL = "SELECT pg_advisory_unlock(%(worker_id)s::bigint)"
@@ -281,10 +282,12 @@ OWN_SQL = "SELECT id, worker_id FROM job_instances WHERE worker_id = %(worker_id
 
 # Dead is whose lock we can take; we hold it to the end of the transaction, so a worker that is just
 # coming back waits for us and then sees what is left to it. SKIP LOCKED: a job that somebody is at
-# is left for the next look. Restarted since the worker took its lock: the job is not to blame.
+# is left for the next look; whoever hangs there is ended by the server, because no overrun finds one
+# that has no job. Restarted since the worker took its lock: the job is not to blame.
 LOCK_ORPHAN_SQL = """
 SELECT j.state, j.cancel_requested IS NOT NULL, j.attempts,
-       COALESCE(w.started < pg_postmaster_start_time(), false) AS by_restart
+       COALESCE(w.started < pg_postmaster_start_time(), false) AS by_restart,
+       set_config('idle_in_transaction_session_timeout', %(wait)s, true)
   FROM job_instances j
   LEFT JOIN job_workers w ON w.id = j.worker_id
  WHERE j.id = %(job_id)s
@@ -395,12 +398,12 @@ def put_back(worker: Worker, blame: bool = True) -> None:
 def _put_back(worker: Worker, job_id: int, owner: int | None, own: bool = False,
               blame: bool = True) -> str:
     """Free one job, in a transaction; return its state, '' if it is no orphan or somebody is at it."""
-    values = {"job_id": job_id, "owner": owner, "own": own}
+    values = {"job_id": job_id, "owner": owner, "own": own, "wait": HANG_WAIT}
     try:
         with worker.connection.transaction():
             if not (found := query(worker.connection, LOCK_ORPHAN_SQL, values)):
                 return ""
-            state, cancelled, attempts, by_restart = found[0]
+            state, cancelled, attempts, by_restart, _ = found[0]
             steps = query(worker.connection, LOCK_STEP_SQL, values)
             if cancelled:
                 return life.end_cancelled(worker, job_id, owner).state
@@ -434,8 +437,9 @@ def _free_step(worker: Worker, job_id: int, step: tuple[int, int, str | None], b
 
 
 # A lock cannot tell a hung worker from a busy one, but no step may run a minute past its limit, nor
-# may taking a job up: the worker itself ends it long before. The comment tells recovery why; a step
-# that ends at this very moment is no longer Running, and then nothing is terminated.
+# may taking a job up: the worker itself ends it long before. The comment tells recovery why. SKIP
+# LOCKED: one that hangs at its COMMIT has locked the row of its step, and whoever waited for that
+# would hang as well; its end is rolled back with its session, and the step runs again.
 END_OVERRUN_SQL = f"""
 WITH {HELD_CTE}, busy AS (
     SELECT j.id, j.state, j.last_state_change, t.step_timeout, held.pid
@@ -444,19 +448,31 @@ WITH {HELD_CTE}, busy AS (
       JOIN job_workers w ON w.id = j.worker_id
       JOIN held          ON held.id = w.id AND held.pid = w.backend_pid  -- not who recovers it now
      WHERE j.worker_id <> %(worker_id)s
-), step AS (
-    UPDATE job_steps s
-       SET comment = 'Overrun: longer than the step limit of ' || busy.step_timeout::text
-                  || ' (job_types.step_timeout) and its worker did not react; its connection was ended.'
+), late AS MATERIALIZED (
+    SELECT s.id AS step_id, busy.id, busy.pid, busy.step_timeout
       FROM busy
+      JOIN job_steps s ON s.job_instance_id = busy.id
      WHERE busy.state = 'Running'
-       AND s.job_instance_id = busy.id
        AND s.state = 'Running'
        AND s.started + busy.step_timeout + interval '1 minute' < clock_timestamp()
-    RETURNING busy.id, busy.pid
+), free AS MATERIALIZED (
+    SELECT id
+      FROM job_steps
+     WHERE id IN (SELECT step_id FROM late)
+       AND state = 'Running'
+       FOR UPDATE SKIP LOCKED
+), step AS (
+    UPDATE job_steps s
+       SET comment = 'Overrun: longer than the step limit of ' || late.step_timeout::text
+                  || ' (job_types.step_timeout) and its worker did not react; its connection was ended.'
+      FROM late, free
+     WHERE late.step_id = free.id
+       AND s.id = free.id
+    RETURNING s.id
 )
 SELECT id, pg_terminate_backend(pid, 5000::bigint)
-  FROM (SELECT id, pid FROM step
+  FROM (SELECT id, pid
+          FROM late, (SELECT count(*) FROM step) AS marked  -- before recovery can find it
          UNION
         SELECT id, pid
           FROM busy

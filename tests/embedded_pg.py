@@ -46,8 +46,9 @@ MAX_DIRECTORY_BYTES = 103 - len("/.s.PGSQL.5432.lock")
 # Ordinary users get in by name alone: the socket's directory keeps others out. `locked_out`
 # is for tests of a refused password.
 PG_HBA = """\
-local  all  locked_out  scram-sha-256
-local  all  all         trust
+local  all          locked_out  scram-sha-256
+local  all          all         trust
+local  replication  all         trust
 """
 
 # Outlives the process that starts the server, and cleans up after it if that was killed.
@@ -253,7 +254,7 @@ def copy_programs(source: Path, target: Path) -> Path:
     for part in "lib/postgresql", "share":
         shutil.copytree(tree / part, copy / part, ignore=shutil.ignore_patterns("pgxs"))
     (copy / "bin").mkdir()
-    for program in "initdb", "postgres", "psql":
+    for program in "initdb", "postgres", "psql", "pg_basebackup":
         shutil.copy(source / program, copy / "bin")
     libraries = f"{PACKAGE}.libs"  # beside the package: the programs look for ../../../ there
     if (tree.parents[1] / libraries).exists():

@@ -14,6 +14,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 import control
 import jobctl
 import perfdb
+from worker import Worker
 
 ODD_DEFAULTS = {
     "default_transaction_isolation": "serializable", "DateStyle": "German",
@@ -66,6 +67,20 @@ def test_a_session_owes_nothing_to_the_defaults_of_its_database(dsn, usual, set_
             connection.execute(*perfdb.settlement())
         assert settings(connection) == usual
         assert perfdb.query(connection, "SHOW search_path") == [('"$user", public',)]
+
+
+def test_a_worker_sets_again_what_reset_all_takes_back(dsn, usual, set_default):
+    with psycopg.connect(dsn) as conn:
+        if conn.info.server_version < 170000:
+            pytest.skip("transaction_timeout came with PostgreSQL 17")
+    set_default("transaction_timeout", "77ms")
+    worker = Worker(dsn)
+    for reconnect in (lambda: None, worker.reconnect):
+        reconnect()
+        worker.lend()  # a job may change anything there
+        worker.execute("SELECT 1", {})
+        assert settings(worker.connection) == usual
+    worker.close()
 
 
 def test_reset_all_returns_to_the_settings(dsn, usual, set_default):

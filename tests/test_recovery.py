@@ -11,11 +11,13 @@ import psycopg
 import pytest
 import sample_jobs  # noqa: F401  registers its types
 from helpers import claim, wait_for
+from proxy import Proxy
 
 import control
 import handler
 import jobs
 import perfdb
+import worker
 from worker import Worker, recover, use_worker
 
 SAMPLES = ("--module", "sample_jobs")
@@ -158,6 +160,38 @@ def test_a_hanging_worker_is_ended_by_a_neighbour(start_handler, run_handler, as
     run_handler("--once", *SAMPLES, expect=1)
     assert states() == ["Failed", "Finished"]
     assert rows("SELECT comment FROM job_steps")[0][0].startswith("Overrun: longer than the step limit of 01:00:00")
+
+
+def test_a_worker_that_hangs_at_its_commit_keeps_no_neighbour(run_handler, ask, rows, states, dsn):
+    ask("ok", "ok")
+    hanging = Worker(dsn)
+    jobs.take_up(hanging, claim(hanging, "Transactional"))
+    rows("UPDATE job_steps SET started = now() - interval '1 hour 61 s' WHERE state = 'Running' RETURNING 1")
+    hanging.connection.execute("BEGIN")
+    hanging.connection.execute("UPDATE job_steps SET state = 'Finished', finished = now() WHERE position = 1")
+    run_handler("--once", *SAMPLES)
+    with pytest.raises(psycopg.OperationalError):
+        hanging.connection.execute("COMMIT")
+    assert states("job_instances") == ["Finished"]
+    assert rows("SELECT attempts FROM job_steps ORDER BY position") == [(2,), (1,)]
+
+
+def test_a_worker_that_hangs_in_a_recovery_does_not_keep_the_job(ask, rows, dsn, monkeypatch):
+    monkeypatch.setattr(worker, "HANG_WAIT", "100ms")
+    ask("ok")
+    dead, neighbour = Worker(dsn), Worker(dsn)
+    jobs.take_up(dead, claim(dead, "Transactional"))
+    rows(f"SELECT pg_terminate_backend({dead.connection.info.backend_pid}, 5000)")
+    with Proxy(dsn, silent_at=b"NOWAIT") as proxy:
+        hanging = Worker(proxy.dsn)
+
+        def hang():
+            with contextlib.suppress(psycopg.Error):  # in the end
+                recover(hanging)
+        threading.Thread(target=hang, daemon=True).start()
+        wait_for(proxy.silent.is_set)
+        assert wait_for(lambda: recover(neighbour), timeout=5) == {1: "Queued"}
+    neighbour.close()
 
 
 def test_a_dead_worker_of_a_long_step_is_no_overrun(start_handler, run_handler, ask, rows, states, is_running):
