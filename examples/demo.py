@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -109,13 +110,18 @@ def demo(dsn: str) -> int:
         print("\n  The alarms it found\n")
         cursor = connection.execute(ALARMS_SQL)
         print(tables.table([column.name for column in cursor.description], cursor.fetchall()))
+    print("\n  Two pages to look at\n")
+    (ROOT / ".venv" / "demo").mkdir(parents=True, exist_ok=True)
+    run("report.py", "jobs", "--out", ".venv/demo/jobs.html")
+    run("report.py", "alarms", "--from", PARAMETERS["start"], "--to", PARAMETERS["end"],
+        "--out", ".venv/demo/alarms.html")
     return status
 
 
 def run(*command: str) -> int:
     """Run one of the project's commands as a user would and return its exit status."""
-    print("$ python", *command, flush=True)
-    return subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]], check=False).returncode
+    print("$ python", shlex.join(command), flush=True)
+    return subprocess.run([sys.executable, *command], cwd=ROOT, check=False).returncode
 
 
 def main() -> int:
