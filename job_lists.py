@@ -17,7 +17,7 @@ import metrics
 from control import FILTER_SQL
 from jobs import JOB_TYPES
 from perfdb import query, rows_of
-from tables import age, duration, paint, print_json, screen_width, shorten, table, text, visible
+from tables import age, duration, elapsed, paint, print_json, screen_width, shorten, table, text, visible
 
 OK, FAILED = 0, 1  # exit status
 ENDED = ("Finished", "Failed")
@@ -187,7 +187,7 @@ def facts(job: dict[str, Any]) -> Iterator[str]:
     for name in FACTS:
         value = job[name]
         if isinstance(value, datetime):
-            ago = job["now"] - value
+            ago = elapsed(value, job["now"])
             when = f"in {age(-ago)}" if ago.total_seconds() < 0 else f"{age(ago)} ago"
             yield f"  {name:<13} {text(value)} {zone(value)} ({when})"
         elif value:
@@ -269,7 +269,7 @@ def log(connection: psycopg.Connection, args: argparse.Namespace) -> int:
         print_json(rows)
         return OK
     print(table([f"time ({zone(job['created'])})", "age", f"job {job['id']}, {job['job_type']}"], [
-        (row["at"], age(max(job["now"] - row["at"], job["now"] - job["now"])), row["what"])
+        (row["at"], age(elapsed(row["at"], job["now"])), row["what"])
         for row in rows]))
     if why := why_waiting(job):
         print(f"\n  now waits: {why}")

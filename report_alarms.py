@@ -28,7 +28,7 @@ from report_page import (
     svg,
     table,
 )
-from tables import duration
+from tables import duration, elapsed
 
 MOST = {"objects": 200, "periods": 50_000, "lanes": 60, "bars": 900, "alarms": 30}
 HEAT_CELLS = 1000  # at some 80 bytes
@@ -47,7 +47,7 @@ class Scope:
 
     @property
     def seconds(self) -> float:
-        return (self.end - self.start).total_seconds()
+        return elapsed(self.start, self.end).total_seconds()
 
     def params(self, **more: Any) -> dict[str, Any]:
         names = None if self.objects is None else list(self.objects)
@@ -55,7 +55,7 @@ class Scope:
 
     def x(self, moment: datetime) -> float:
         """Return where a moment lies in a picture 1000 units wide."""
-        return 1000 * (moment - self.start).total_seconds() / self.seconds
+        return 1000 * elapsed(self.start, moment).total_seconds() / self.seconds
 
 
 OBJECTS_SQL = """
@@ -155,7 +155,7 @@ def lane(scope: Scope, name: str, number: int, bars: list[dict[str, Any]]) -> st
     title = f"{name}, alarm {number} {bars[0]['alarm']}".strip()
 
     def tip(bar: dict[str, Any]) -> str:
-        took = duration((bar["ended"] - bar["began"]).total_seconds())
+        took = duration(elapsed(bar["began"], bar["ended"]).total_seconds())
         several = f"{bar['periods']} periods, " if bar["periods"] > 1 else ""
         return (f"{short_name(name)} {number} {several}{bar['began']:%d %b %H:%M} to "
                 f"{bar['ended']:%d %b %H:%M} ({took})")
@@ -176,7 +176,7 @@ def day_marks(scope: Scope) -> str:
     """Return the names of the days, each as wide as its days are."""
     days = days_of(scope, 8)
     ends = [*days[1:], scope.end]
-    widths = " ".join(f"minmax(0,{(end - max(day, scope.start)).total_seconds():.0f}fr)"
+    widths = " ".join(f"minmax(0,{elapsed(max(day, scope.start), end).total_seconds():.0f}fr)"
                       for day, end in zip(days, ends, strict=True))
     return (f'<div style="display:grid;grid-template-columns:{widths}" class="dim">'
             + "".join(f'<span>{day:%d}<span class="wide"> {day:%b}</span></span>'

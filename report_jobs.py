@@ -32,7 +32,7 @@ from report_page import (
     svg,
     table,
 )
-from tables import age, duration
+from tables import age, duration, elapsed
 
 RECENT = 20_000  # jobs at most that figures of the last day are made of, the newest ids
 MOST = {"running": 50, "schedules": 30, "windows": 31, "objects": 40, "features": 3, "days": 14,
@@ -331,11 +331,11 @@ def gantt(connection: psycopg.Connection) -> str:
 def gantt_of(steps: list[dict[str, Any]]) -> str:
     job = steps[0]
     start = min(job["job_started"], *(step["started"] for step in steps))
-    length = max((job["job_end"] - start).total_seconds(), 1e-3)
+    length = max(elapsed(start, job["job_end"]).total_seconds(), 1e-3)
 
     def bar(step: dict[str, Any]) -> str:
-        left = (step["started"] - start).total_seconds() / length
-        took = (step["step_end"] - step["started"]).total_seconds()
+        left = elapsed(start, step["started"]).total_seconds() / length
+        took = elapsed(step["started"], step["step_end"]).total_seconds()
         tip = f"{short_name(step['name'])}: {step['state']}, {duration(took)}"
         tip += f": {shorten(step['comment'], 200)}" if step["comment"] else ""
         shade = "failed" if step["state"] == "Failed" else "mark"

@@ -9,7 +9,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +117,14 @@ def duration(seconds: float) -> str:
         return f"{1000 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
     minutes, left = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{left:02}"
+
+
+def elapsed(start: datetime, end: datetime) -> timedelta:
+    """Return the time that passed between two moments, the hour of a clock change included.
+
+    Python subtracts the wall clocks of two datetimes of one zone.
+    """
+    return end.astimezone(UTC) - start.astimezone(UTC)
 
 
 def age(span: timedelta | None) -> str:

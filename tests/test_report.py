@@ -187,6 +187,17 @@ def test_a_period_over_the_edge_counts_for_the_part_inside(full, page):
             (number, hours, "1") for number in sorted(["111", "112"], reverse=hours == "0.7")]
 
 
+def test_a_night_with_a_clock_change_is_as_long_as_it_was(full, page, monkeypatch):
+    monkeypatch.setenv("PERFDB_TIMEZONE", "Europe/Madrid")
+    full.execute("DELETE FROM alarms_history")
+    full.execute("INSERT INTO alarms_history (object_id, alarm_id, start_time, end_time) "
+                 "VALUES (1, 1, '2026-10-25 00:00+02', '2026-10-25 06:00+01')")
+    found = page("alarms", "--from", "2026-10-25 00:00:00", "--to", "2026-10-26 00:00:00")
+    assert "LAN-01 111 25 Oct 00:00 to 25 Oct 06:00 (7:00:00)" in found.source
+    bar = next(a for tag, a in found.attributes if a.get("class") == "mark")
+    assert (bar["x"], bar["width"]) == ("0.0", "280.0")  # 7 of 25 hours
+
+
 def test_touching_bars_are_drawn_as_one_and_counted(full, page):
     full.execute("DELETE FROM alarms_history")
     full.execute("INSERT INTO alarms_history (object_id, alarm_id, start_time, end_time) "
