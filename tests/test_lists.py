@@ -22,14 +22,14 @@ LONG = " ".join(["no samples of wind_speed"] * 12)
 
 
 @pytest.fixture
-def ctl(dsn, capsys):
+def ctl(conn, dsn, capsys):
     """Run jobctl in this process; return what it printed."""
     def ctl(*args, expect=0):
         status = jobctl.main([str(arg) for arg in args])
         out, err = capsys.readouterr()
         assert (status, "Traceback" in err) == (expect, False), err
         return out + err
-    ctl("init")
+    control.write_types(conn)
     return ctl
 
 

@@ -16,14 +16,14 @@ JOBS = [("Created", "march"), ("Queued", "march"), ("Finished", "april"), ("Fail
 
 
 @pytest.fixture
-def ctl(dsn, capsys):
+def ctl(conn, dsn, capsys):
     """Run jobctl in this process; return what it printed."""
     def ctl(*args, expect=0):
         status = jobctl.main([str(arg) for arg in args])
         out, err = capsys.readouterr()
         assert (status, "Traceback" in err) == (expect, False), out + err
         return out + err
-    ctl("init")
+    control.write_types(conn)
     return ctl
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import control
 import jobctl
 import metrics
 
@@ -44,7 +45,7 @@ def written(conn, dsn, tmp_path, capsys):
         assert jobctl.main(["stats", "--prometheus", str(tmp_path / target)]) == 0
         assert capsys.readouterr().out == ""
         return parse((tmp_path / target).read_text())
-    assert jobctl.main(["init"]) == 0
+    control.write_types(conn)
     return written
 
 
