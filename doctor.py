@@ -28,6 +28,7 @@ Check = Callable[[psycopg.Connection], Findings]
 
 CLOCK_SECONDS = 5       # this host's clock may differ from the server's by so much
 MOST_CONNECTIONS = 0.9  # of max_connections
+MOST_FAILURES = 20      # kinds of them, the latest
 LONGEST_WAIT = "30 minutes"  # of a due job while workers live
 
 
@@ -96,13 +97,13 @@ SELECT t.name AS job_type, r.comment, count(DISTINCT r.id) AS jobs,
   JOIN job_types t ON t.id = r.job_type_id
  GROUP BY 1, 2
  ORDER BY last DESC, jobs DESC
- LIMIT 20
+ LIMIT %(most)s
 """
 
 
 def fetch_failures(connection: psycopg.Connection) -> list[dict[str, Any]]:
     """Return the failed jobs of the last day, a row per type and comment, the latest first."""
-    return rows_of(connection, FAILURES_SQL, {})
+    return rows_of(connection, FAILURES_SQL, {"most": MOST_FAILURES})
 
 
 def failures(connection: psycopg.Connection) -> Findings:

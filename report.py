@@ -81,15 +81,13 @@ def alarms_page(connection: psycopg.Connection, args: argparse.Namespace, parts:
     zone = made.tzinfo
     scope = report_alarms.Scope(args.start.astimezone(zone), args.end.astimezone(zone),
                                 args.object)
-    if unknown := report_alarms.unknown_objects(connection, scope):
-        raise ValueError(f"--object: there is no object {', '.join(map(repr, unknown))}: "
-                         "see the table objects")
+    part = report_alarms.part_shown(connection, scope)
     shown = [parts.add("When it stood", report_alarms.timeline, scope),
              parts.add("Which alarms", report_alarms.pareto, scope),
              parts.add("Which objects, which days", report_alarms.heat_map, scope),
              parts.add("Why did it stand?", report_alarms.signal, scope)]
     lead = (f"<b>{scope.start:%Y-%m-%d %H:%M}</b> to <b>{scope.end:%Y-%m-%d %H:%M}</b> "
-            f"{escape(zone)}; as of {made:%Y-%m-%d %H:%M:%S}.")
+            f"{escape(zone)}; as of {made:%Y-%m-%d %H:%M:%S}. {part}")
     return page(f"Alarms of {database}", made, lead, shown)
 
 

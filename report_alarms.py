@@ -392,6 +392,16 @@ def signal_path(near: Scope, samples: list[dict[str, Any]], y: Callable[[float],
     return "".join(parts)
 
 
-def unknown_objects(connection: psycopg.Connection, scope: Scope) -> list[str]:
-    """Return those of the names asked for that are no object's."""
-    return rows_of(connection, OBJECTS_SQL, scope.params())[0]["unknown"] or []
+def part_shown(connection: psycopg.Connection, scope: Scope) -> str:
+    """Return a sentence if not all objects are shown, else "".
+
+    Raise `ValueError` naming the names in `scope` that are no object's.
+    """
+    row = rows_of(connection, OBJECTS_SQL, scope.params())[0]
+    if row["unknown"]:
+        raise ValueError(f"--object: there is no object {', '.join(map(repr, row['unknown']))}: "
+                         "see the table objects")
+    if scope.objects is None and row["objects"] > MOST["objects"]:
+        return (f"The first {MOST['objects']} of {row['objects']} objects by name; "
+                "--object shows others.")
+    return ""

@@ -49,9 +49,12 @@ COMMAND = re.compile(r".*?((?:python|SELECT|VACUUM|ANALYZE|ALTER|UPDATE|GRANT|CR
 
 def attention(connection: psycopg.Connection, findings: list[str]) -> str:
     """Show which jobs failed, by their comments, and what doctor found, each with its command."""
-    parts = [card(f"{failure['jobs']} failed", doctor.failure_facts(failure),
-                  shorten(failure["comment"], 400), doctor.retry_command(failure))
-             for failure in doctor.fetch_failures(connection)]
+    failures = doctor.fetch_failures(connection)
+    parts = [card("failed", doctor.failure_facts(failure), shorten(failure["comment"], 400),
+                  doctor.retry_command(failure)) for failure in failures]
+    if len(failures) == doctor.MOST_FAILURES:
+        parts.append(card("more may have failed", "", "",
+                          "python jobctl.py list --state Failed --since 24h"))
     parts += [finding_card(finding) for finding in findings[:FINDINGS]]
     if more := len(findings) - FINDINGS:
         parts += [card(f"{more} more findings", "", "", "python jobctl.py doctor")] * (more > 0)
@@ -123,10 +126,13 @@ def schedules(connection: psycopg.Connection) -> str:
         marks = [window_cell(row) for row in shown if row["start_time"]]
         empty = ["<i></i>"] * (MOST["windows"] - len(marks))
         lines.append(line(schedule_name(schedule_id, shown[0]), cells(empty + marks)))
+    note = f"The last {MOST['windows']} windows of each, the newest at the right."
+    if len(lines) == MOST["schedules"]:
+        note += f" The first {len(lines)} schedules; jobctl schedule list shows all."
     return section("Schedules", grid("Schedules by their last windows", lines),
                    legend({"o": "Finished", "F": "Failed", "R": "Running", "W": "waiting",
                            "L": "owed, late", "M": "no job: pruned, or never asked for"}),
-                   note=f"The last {MOST['windows']} windows of each, the newest at the right.")
+                   note=note)
 
 
 def schedule_name(schedule_id: int, row: dict[str, Any]) -> str:

@@ -278,4 +278,6 @@ def test_pages_stay_small_and_quick_whatever_is_in_the_database(full, page):
         sizes = {part[:12]: len(part.encode()) for part in source.split("<h2>")}
         assert len(source.encode()) < 280_000, sizes
         assert source.count("<rect") < 1500
+        assert ("The first 200 of 303 objects" in source) == (args[0] == "alarms")
+        assert ("The first 30 schedules" in source) == (args[0] == "jobs")
         assert time.monotonic() - began < 5  # a page that is not bounded takes minutes
