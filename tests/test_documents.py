@@ -36,6 +36,7 @@ EXPECTED = {
     "jobctl.py doctor": (1, r"(types: .*\n)?failed: 2 jobs of .* failed .* retry 1 42\n"),
     "jobctl.py prune --older-than 90d --dry-run": (0, "0 jobs would be deleted\n"),
     "jobctl.py prune": (0, "0 jobs deleted\n"),
+    "jobctl.py backfill": (0, r"  from +to +new job .*\n  --.*(yes .*){2}"),
     "jobctl.py schedule add": (0, r"\d+\n"),
     "jobctl.py schedule list": (0, r"  id  type .*"),
     "report.py": (0, r"(<!DOCTYPE html>.*</html>\n)?"),
@@ -68,7 +69,7 @@ SHIPPED = ["Alarm Calculation", "Bazefield Insert Allocation", "Bazefield Tag De
 
 @pytest.fixture
 def site(conn, dsn, capsys):
-    """A database as the documents speak of it: a park LAN, and two failed jobs, 1 and 42."""
+    """A database as the documents speak of it: a park, schedule 1, and failed jobs 1 and 42."""
     control.write_types(conn, SHIPPED)
     make_park(conn, alarms={111: (trigger(), []), 112: (trigger(value=5.0), [111])})
     add_samples(conn, every_ten_minutes([9, 11, 11]))
@@ -80,6 +81,11 @@ def site(conn, dsn, capsys):
         INSERT INTO job_steps (job_instance_id, position, name, state, comment, started, finished)
         SELECT id, 1, 'LAN-01', 'Failed', 'no wind', now(), now() FROM job_instances""")
     conn.execute("SELECT setval('job_instances_id_seq', 42)")
+    conn.execute("""
+        INSERT INTO job_schedules (job_type_id, every, first_start, next_start, enabled, parameters)
+        SELECT id, '1 day', '2025-12-30Z', '2026-01-01Z', false,
+               '{"object_names": ["LAN-01"], "alarm_ids": [111]}'
+          FROM job_types WHERE name = 'Alarm Calculation'""")
     return conn
 
 
