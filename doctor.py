@@ -203,8 +203,8 @@ def schedules(connection: psycopg.Connection) -> Findings:
                    f"{'; '.join(problems)}: python jobctl.py schedule remove {schedule_id}, "
                    "and add it anew")
         if is_late:
-            yield (f"schedules: schedule {schedule_id} is behind, its next window began {start}: "
-                   "does a handler run?")
+            yield (f"schedules: schedule {schedule_id} is behind, its next window began {start}; "
+                   "a handler makes up for it: python handler.py --once -v")
 
 
 # The latest windows of each schedule whose jobs have ended; how many of them failed in a row.
@@ -254,8 +254,8 @@ SELECT j.id, s.name, s.started, t.step_timeout
 def long_steps(connection: psycopg.Connection) -> Findings:
     for job_id, name, started, limit in query(connection, LONG_STEPS_SQL):
         yield (f"steps: step {name!r} of job {job_id} runs since {started:%Y-%m-%d %H:%M:%S%z}, "
-               f"longer than its limit of {limit}: a handler ends it one minute after the limit; "
-               "does one run?")
+               f"longer than its limit of {limit}; a handler ends it one minute after that: "
+               "python handler.py --once -v")
 
 
 # Rows die with every step; nothing older than the oldest snapshot can be cleaned away.
