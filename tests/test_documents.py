@@ -127,7 +127,7 @@ def test_every_command_prints_what_it_should(site, tmp_path, monkeypatch, capsys
 
 def run_here(command, capsys):
     """Run a command in this process, which is quicker; a handler in one of its own."""
-    program, *words = shlex.split(command.partition(" >")[0])
+    program, *words = shlex.split(re.split(" [>|]", command)[0])
     if program == "handler.py":
         return run(f"exec python {command}", Path.cwd())
     status = {"jobctl.py": jobctl, "report.py": report}[program].main(words)
@@ -156,7 +156,7 @@ def normalised(text):
 
 
 def test_readme_shows_what_the_demo_prints(dsn):
-    shown = re.search(r"```\n(\$ python .*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    shown = re.search(r"\n```\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
     done = subprocess.run([sys.executable, ROOT / "examples" / "demo.py", "--into-my-database"],
                           capture_output=True, text=True, check=True, env=dict(os.environ))
     printed = set(normalised(done.stdout))
