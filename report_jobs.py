@@ -84,7 +84,7 @@ SCHEDULES_SQL = """
 WITH schedule AS (
     SELECT s.*, t.name AS job_type,
            floor(extract(epoch FROM now() - s.first_start)
-                 / extract(epoch FROM s.first_start + s.every * 100 - s.first_start) * 100)
+                 / extract(epoch FROM s.first_start + s.every * 100::float8 - s.first_start) * 100)
                ::bigint AS latest
       FROM job_schedules s
       JOIN job_types t ON t.id = s.job_type_id
@@ -97,10 +97,10 @@ SELECT s.id, s.job_type, s.description, s.enabled, s.every::text AS every, s.nex
        w.end_time + s.delay < now() - interval '2 minutes' AS is_due
   FROM schedule s
   LEFT JOIN LATERAL (
-        SELECT s.first_start + n * s.every AS start_time,
-               s.first_start + (n + 1) * s.every AS end_time
+        SELECT s.first_start + n::float8 * s.every AS start_time,
+               s.first_start + (n + 1)::float8 * s.every AS end_time
           FROM generate_series(GREATEST(0, s.latest - %(windows)s - 2), s.latest + 1) AS n
-         WHERE s.first_start + (n + 1) * s.every <= now()
+         WHERE s.first_start + (n + 1)::float8 * s.every <= now()
          ORDER BY n DESC
          LIMIT %(windows)s) w ON true
   LEFT JOIN LATERAL (
@@ -224,14 +224,14 @@ WITH signal AS MATERIALIZED (
      LIMIT %(objects)s
 ), last_day AS (
     SELECT date_trunc('day', CASE
-               WHEN max(latest) >= date_trunc('day', now()) - %(days)s * interval '1 day'
+               WHEN max(latest) >= date_trunc('day', now()) - %(days)s::float8 * interval '1 day'
                THEN now() ELSE max(latest) - interval '1 microsecond' END) AS day
       FROM signal
 ), day AS (
     SELECT d AS start_time, d + interval '1 day' AS end_time,
            LEAST(d + interval '1 day', now()) AS due
       FROM last_day,
-           generate_series(day - (%(days)s - 1) * interval '1 day', day, '1 day') AS d
+           generate_series(day - (%(days)s - 1)::float8 * interval '1 day', day, '1 day') AS d
 )
 SELECT s.name, s.feature, d.start_time AS day, c.samples,
        GREATEST(1, floor(extract(epoch FROM d.due - d.start_time)
@@ -433,7 +433,7 @@ def sparkline(row: dict[str, Any]) -> str:
 
 DATABASE_SQL = """
 SELECT name, GREATEST(c.reltuples, s.n_live_tup, 0)::bigint AS rows, s.n_dead_tup AS dead,
-       pg_size_pretty(pg_total_relation_size(c.oid)) AS size,
+       pg_size_pretty(pg_total_relation_size(c.oid::regclass)) AS size,
        GREATEST(s.last_autovacuum, s.last_vacuum) AS vacuumed
   FROM unnest(%(tables)s::text[]) WITH ORDINALITY AS t(name, n)
   JOIN pg_class c ON c.oid = to_regclass(name)
