@@ -36,6 +36,10 @@ $(BENCH): $(STAMP) bench/requirements.txt
 test: $(STAMP) ## Run the tests on an embedded PostgreSQL (K=word to pick some)
 	@$(PYTHON) -m pytest -q $(if $(K),-k "$(K)")
 
+.PHONY: test-browser
+test-browser: $(STAMP) ## Look at the pages with Chromium, if there is one
+	@$(PYTHON) -m pytest -q tests/browser_pages.py
+
 .PHONY: lint
 lint: $(STAMP) ## Check the code with ruff
 	@$(VENV)/bin/ruff check .

@@ -1,4 +1,4 @@
-"""Ask for jobs, cancel them, try them again: what front ends and jobctl call."""
+"""Ask for jobs, cancel them, try them again, forget them: what front ends and jobctl call."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from parameters import (
     period_problems,
     schema_problems,
 )
-from perfdb import clean, query
+from perfdb import clean, query, rows_of
 
 TYPE_SQL = "SELECT id, parameters_schema FROM job_types WHERE name = %s"
 TYPE_NAMES_SQL = "SELECT name FROM job_types ORDER BY name"
@@ -44,7 +44,8 @@ WITH known AS (
        SET description = known.description, parameters_schema = known.parameters_schema
       FROM known
      WHERE t.name = known.name
-       AND (t.description, t.parameters_schema) IS DISTINCT FROM (known.description, known.parameters_schema)
+       AND (t.description, t.parameters_schema)
+           IS DISTINCT FROM (known.description, known.parameters_schema)
 )
 INSERT INTO job_types (name, description, parameters_schema)
 SELECT name, description, parameters_schema
@@ -57,7 +58,8 @@ ON CONFLICT (name) DO NOTHING
 # One statement for one job or for ten thousand: the workers are woken once.
 CREATE_SQL = """
 INSERT INTO job_instances (job_type_id, description, parameters, priority, run_after, unique_key)
-SELECT %(type_id)s, %(description)s, p.parameters, %(priority)s, COALESCE(%(run_after)s, now()), %(unique_key)s
+SELECT %(type_id)s, %(description)s, p.parameters, %(priority)s,
+       COALESCE(%(run_after)s, now()), %(unique_key)s
   FROM jsonb_array_elements(%(parameters)s::jsonb) WITH ORDINALITY AS p(parameters, n)
  ORDER BY n
 ON CONFLICT (unique_key) WHERE unique_key IS NOT NULL AND state IN ('Created', 'Queued', 'Running')
@@ -73,6 +75,43 @@ SELECT id
    AND state IN ('Created', 'Queued', 'Running')
    AND cancel_requested IS NULL
 """
+
+
+# Jobs of which all of these are true; NULL: no such condition. What a failed step says counts too.
+FILTER_SQL = """(%(states)s::text[] IS NULL OR j.state = ANY(%(states)s))
+       AND (%(type)s::text IS NULL
+            OR j.job_type_id = (SELECT id FROM job_types WHERE name = %(type)s))
+       AND (%(since)s::timestamptz IS NULL OR j.created >= %(since)s)
+       AND (%(within)s::interval IS NULL OR j.created >= now() - %(within)s::interval)
+       AND (%(text)s::text IS NULL
+            OR strpos(lower(j.description), lower(%(text)s)) > 0
+            OR strpos(lower(j.comment), lower(%(text)s)) > 0
+            OR (j.state = 'Failed' AND EXISTS (
+                  SELECT FROM job_steps s
+                   WHERE s.job_instance_id = j.id
+                     AND s.state = 'Failed'
+                     AND strpos(lower(s.comment), lower(%(text)s)) > 0)))
+"""
+
+MATCHING_SQL = """
+SELECT j.id, t.name AS job_type, j.state, j.description
+  FROM job_instances j
+  JOIN job_types t ON t.id = j.job_type_id
+ WHERE (%(ids)s::bigint[] IS NULL OR j.id = ANY(%(ids)s))
+   AND """ + FILTER_SQL + """
+ ORDER BY j.id
+"""
+
+
+def matching_jobs(connection: psycopg.Connection, ids: Sequence[int] | None = None,
+                  **filters: Any) -> list[dict[str, Any]]:
+    """Return id, job_type, state and description of the jobs among `ids` that fit `filters`.
+
+    `filters`: states (list), type (name), since (moment), within (interval), text (part of the
+    description, the comment or a failed step's comment), each None or missing: any.
+    """
+    params = dict.fromkeys(("states", "type", "since", "within", "text")) | filters
+    return rows_of(connection, MATCHING_SQL, params | {"ids": None if ids is None else list(ids)})
 
 
 def write_types(connection: psycopg.Connection, names: Sequence[str] | None = None) -> None:
@@ -184,3 +223,43 @@ def _state(connection: psycopg.Connection, job_id: int) -> str:
     if rows := query(connection, STATE_SQL, {"job_id": job_id}):
         return rows[0][0]
     raise ValueError(f"there is no job {job_id} in job_instances")
+
+
+BATCH = 200  # jobs deleted per commit
+
+# Oldest first, past what the last batch has seen; a job somebody has locked is left for later.
+PRUNE_SQL = """
+WITH doomed AS (
+    SELECT id
+      FROM job_instances
+     WHERE id > %(after)s
+       AND state IN ('Finished', 'Failed')
+       AND finished < now() - %(age)s::interval
+     ORDER BY id
+     LIMIT %(batch)s
+       FOR UPDATE SKIP LOCKED
+), gone AS (
+    DELETE FROM job_instances j USING doomed WHERE j.id = doomed.id
+)
+SELECT id FROM doomed
+"""
+
+COUNT_OLD_SQL = """
+SELECT count(*)
+  FROM job_instances
+ WHERE state IN ('Finished', 'Failed')
+   AND finished < now() - %(age)s::interval
+"""
+
+
+def count_ended(connection: psycopg.Connection, age: str) -> int:
+    """Return how many jobs ended longer ago than `age`, an interval as PostgreSQL reads it."""
+    return query(connection, COUNT_OLD_SQL, {"age": age})[0][0]
+
+
+def delete_ended(connection: psycopg.Connection, age: str) -> int:
+    """Delete the jobs that ended longer ago than `age`, and their steps; return how many."""
+    after, count = 0, 0
+    while ids := query(connection, PRUNE_SQL, {"after": after, "age": age, "batch": BATCH}):
+        after, count = max(ids)[0], count + len(ids)
+    return count

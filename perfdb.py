@@ -19,7 +19,7 @@ from typing import Any
 import psycopg
 from psycopg import pq
 from psycopg.conninfo import conninfo_to_dict
-from psycopg.rows import tuple_row
+from psycopg.rows import dict_row, tuple_row
 from psycopg.types.json import Jsonb, set_json_loads
 
 SCHEMA_VERSION = 2  # job_schema_version() of the schema.sql beside this file
@@ -223,6 +223,12 @@ def query(connection: psycopg.Connection, sql: str, params: Any = None) -> list[
     with connection.cursor(row_factory=tuple_row) as cursor:
         cursor.execute(sql, params)
         return cursor.fetchall() if cursor.description else []
+
+
+def rows_of(connection: psycopg.Connection, sql: str, params: Any = None) -> list[dict[str, Any]]:
+    """Run one statement and return its rows as dicts, whatever rows the connection makes."""
+    with connection.cursor(row_factory=dict_row) as cursor:
+        return cursor.execute(sql, params).fetchall()
 
 
 # ------------------------------------------------------------------------------- what can go wrong

@@ -227,6 +227,12 @@ CREATE UNIQUE INDEX IF NOT EXISTS job_instances_one_live_per_key
  WHERE unique_key IS NOT NULL AND state IN ('Created', 'Queued', 'Running') AND cancel_requested IS NULL;
 DROP INDEX IF EXISTS job_instances_one_unfinished_per_key;  -- version 1
 
+-- Serves what asks for the latest failed jobs (doctor, report), however many jobs have ended since. It adds
+-- nothing to a job that ends well.
+CREATE INDEX IF NOT EXISTS job_instances_failed_idx
+    ON job_instances (finished)
+ WHERE state = 'Failed';
+
 -- Serves schedules and backfills: which windows have jobs?
 CREATE INDEX IF NOT EXISTS job_instances_window_idx
     ON job_instances (schedule_id, window_start)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -69,14 +70,18 @@ def calculate(dsn: str) -> int:
         run("jobctl.py", "show", str(job_id))
         print("\n  The alarms it found\n")
         cursor = connection.execute(ALARMS_SQL)
-        heads = [column.name for column in cursor.description]
-        print(tables.table(heads, cursor.fetchall()))
+        print(tables.table([column.name for column in cursor.description], cursor.fetchall()))
+    print("\n  Two pages to look at\n")
+    (ROOT / ".venv" / "demo").mkdir(parents=True, exist_ok=True)
+    run("report.py", "jobs", "--out", ".venv/demo/jobs.html")
+    run("report.py", "alarms", "--from", PARAMETERS["start"], "--to", PARAMETERS["end"],
+        "--out", ".venv/demo/alarms.html")
     return status
 
 
 def run(*command: str) -> int:
     """Run one of the project's commands as a user would and return its exit status."""
-    print("$ python", *command, flush=True)
+    print("$ python", shlex.join(command), flush=True)
     return subprocess.run([sys.executable, *command], cwd=ROOT, check=False).returncode
 
 

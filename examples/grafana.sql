@@ -1,5 +1,6 @@
--- Panels for Grafana (data source: PostgreSQL, a role that may only look). One query per panel.
--- $__timeFilter and $__timeGroup are Grafana's; the rest runs in psql as it stands.
+-- Panels for Grafana (data source: PostgreSQL, a role that may only look). One query per panel, each
+-- runs in psql and in Grafana as it stands. To follow Grafana's time range write $__timeFilter(finished)
+-- for the condition on finished.
 
 -- Running jobs (table)
 SELECT id, job_type, description, round(100 * progress) AS percent, steps_failed, running_step,
@@ -8,17 +9,18 @@ SELECT id, job_type, description, round(100 * progress) AS percent, steps_failed
  WHERE id IN (SELECT id FROM job_instances WHERE worker_id IS NOT NULL)
  ORDER BY id;
 
--- Waiting jobs per type (stat)
-SELECT t.name, count(*) AS waiting, min(j.created) AS oldest
+-- Due jobs per type, and how long the oldest waits (stat)
+SELECT t.name, count(*) AS waiting,
+       extract(epoch FROM now() - min(GREATEST(j.created, j.run_after))) AS oldest_seconds
   FROM job_instances j
   JOIN job_types t ON t.id = j.job_type_id
  WHERE j.state IN ('Created', 'Queued')
    AND j.worker_id IS NULL
+   AND j.run_after <= now()
  GROUP BY t.name
  ORDER BY t.name;
 
 -- Ended jobs per hour and state (time series)
--- In Grafana: WHERE $__timeFilter(finished) GROUP BY $__timeGroup(finished, '1h'), state
 SELECT date_trunc('hour', finished) AS time, state, count(*) AS jobs
   FROM job_instances
  WHERE finished > now() - interval '1 day'

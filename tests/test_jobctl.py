@@ -107,9 +107,6 @@ def test_create_with_everything(ctl, conn):
     (["Alarm Calculation", '{"start": 1'], "the parameters are not JSON: Expecting ',' delimiter: line 1 column 12"),
     (["Alarm Calculation", "[]"], "the parameters are []; write a JSON object"),
     (["Alarm Calculation", "@/no/such/file"], "cannot read the parameters"),
-    (["Alarm Calculation", "-p", "start"], "write key=value for a string or key:=json"),
-    (["Alarm Calculation", "-p", "start:=x"], "what follows := is not JSON"),
-    (["Alarm Calculation", "--run-after", "soon"], "write YYYY-MM-DD HH:MM:SS"),
 ])
 def test_create_refuses_and_says_why(ctl, conn, args, text):
     assert text in ctl("create", *args, expect=1)
@@ -175,7 +172,7 @@ def test_prune_deletes_what_ended_long_ago_and_nothing_else(ctl, ran, conn):
 
 
 def test_prune_goes_in_batches_and_leaves_locked_jobs(ctl, ran, conn, dsn, monkeypatch):
-    monkeypatch.setattr(jobctl, "BATCH", 7)
+    monkeypatch.setattr(control, "BATCH", 7)
     conn.execute("INSERT INTO job_instances (job_type_id, state, finished) "
                  "SELECT job_type_id, 'Finished', now() - interval '1 year' FROM job_instances, generate_series(1, 15)")
     with perfdb.connect(dsn) as other, other.transaction():
@@ -224,6 +221,10 @@ def test_a_closed_pipe_is_no_error(ran, dsn):
     (["lsit"], "invalid choice: 'lsit'"), (["show", "one"], "invalid int value: 'one'"), (["list", "-q"], "-q"),
     (["prune", "--older-than", "long"], "'long' is no length of time; write 90d"),
     (["list", "--state", "Paused"], "invalid choice: 'Paused'"),
+    (["create", "Alarm Calculation", "-p", "start"], "write key=value for a string or key:=json"),
+    (["create", "Alarm Calculation", "-p", "start:=x"], "what follows := is not JSON"),
+    (["create", "Alarm Calculation", "--run-after", "soon"], "write YYYY-MM-DD HH:MM:SS"),
+    (["list", "--since", "soon"], "write YYYY-MM-DD HH:MM:SS"),
     (["types", "--module", "nix"], "No module named 'nix'"),
 ])
 def test_wrong_usage_is_status_2(usage, args, text):
