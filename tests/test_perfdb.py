@@ -40,20 +40,24 @@ def set_default(dsn):
         conn.execute(sql.SQL("ALTER DATABASE {} RESET ALL").format(name))
 
 
+USUAL = dict.fromkeys(
+    ("statement_timeout", "lock_timeout", "idle_session_timeout", "transaction_timeout",
+     "idle_in_transaction_session_timeout"), "0") | {
+    "default_transaction_isolation": "read committed", "DateStyle": "ISO, YMD", "jit": "off",
+    "IntervalStyle": "postgres", "TimeZone": "UTC", "extra_float_digits": "1",
+    "client_encoding": "UTF8", "standard_conforming_strings": "on",
+    "client_connection_check_interval": "10s"}
+
+
 def settings(connection):
-    names = [*perfdb.SESSION_SETTINGS, "TimeZone", "client_encoding"]
-    return perfdb.query(connection, """
-        SELECT n, current_setting(n, true) FROM unnest(%s::text[]) AS n ORDER BY n""", [names])
-
-
-@pytest.fixture
-def usual(dsn):
-    with perfdb.connect(dsn) as connection:
-        return settings(connection)
+    """Return those of USUAL as they are in this session."""
+    return dict(perfdb.query(connection, """
+        SELECT n, COALESCE(current_setting(n, true), '0')  -- transaction_timeout before 17
+          FROM unnest(%s::text[]) AS n""", [list(USUAL)]))
 
 
 @pytest.mark.parametrize("change", ["RESET ALL", "SET search_path = x; SET jit = on", None])
-def test_a_session_owes_nothing_to_the_defaults_of_its_database(dsn, usual, set_default, change):
+def test_a_session_owes_nothing_to_the_defaults_of_its_database(dsn, set_default, change):
     with psycopg.connect(dsn) as conn:
         version = conn.info.server_version
     for setting, value in ODD_DEFAULTS.items():
@@ -65,11 +69,11 @@ def test_a_session_owes_nothing_to_the_defaults_of_its_database(dsn, usual, set_
             connection.execute(change)
             connection.execute("RESET ALL")
             connection.execute(*perfdb.settlement())
-        assert settings(connection) == usual
+        assert settings(connection) == USUAL
         assert perfdb.query(connection, "SHOW search_path") == [('"$user", public',)]
 
 
-def test_a_worker_sets_again_what_reset_all_takes_back(dsn, usual, set_default):
+def test_a_worker_sets_again_what_reset_all_takes_back(dsn, set_default):
     with psycopg.connect(dsn) as conn:
         if conn.info.server_version < 170000:
             pytest.skip("transaction_timeout came with PostgreSQL 17")
@@ -79,21 +83,21 @@ def test_a_worker_sets_again_what_reset_all_takes_back(dsn, usual, set_default):
         reconnect()
         worker.lend()  # a job may change anything there
         worker.execute("SELECT 1", {})
-        assert settings(worker.connection) == usual
+        assert settings(worker.connection) == USUAL
     worker.close()
 
 
-def test_reset_all_returns_to_the_settings(dsn, usual, set_default):
+def test_reset_all_returns_to_the_settings(dsn, set_default):
     for setting, value in ODD_DEFAULTS.items():
         set_default(setting, value)
     with perfdb.connect(dsn) as connection:
         connection.execute("SET jit = on")
         connection.execute("RESET ALL")
-        assert settings(connection) == usual
+        assert settings(connection) == USUAL
 
 
 @pytest.mark.parametrize("how", ["dsn", "PGOPTIONS", "service"])
-def test_options_of_ones_own_are_kept(dsn, usual, monkeypatch, tmp_path, how):
+def test_options_of_ones_own_are_kept(dsn, monkeypatch, tmp_path, how):
     mine = "-c work_mem=7MB -c jit=on"
     if how == "dsn":
         dsn = make_conninfo(dsn, options=mine)
@@ -105,7 +109,7 @@ def test_options_of_ones_own_are_kept(dsn, usual, monkeypatch, tmp_path, how):
         dsn = make_conninfo(dsn, service="mine")
     with perfdb.connect(dsn) as connection:
         assert perfdb.query(connection, "SHOW work_mem") == [("7MB",)]
-        assert settings(connection) == usual
+        assert settings(connection) == USUAL
 
 
 def test_results_come_as_python_values_whatever_the_database_shows(dsn, set_default):
@@ -170,13 +174,13 @@ def test_a_pooler_that_shares_sessions_is_refused(dsn, server, shared):
 
 @pytest.mark.parametrize("extra", ["", "ignore_startup_parameters = options"])
 @pytest.mark.parametrize("mode", ["session", "transaction", "statement"])
-def test_pgbouncer(dsn, usual, mode, extra):
+def test_pgbouncer(dsn, mode, extra):
     with pgbouncer(dsn, f"pool_mode = {mode}\n{extra}") as dsn, perfdb.connect(dsn) as connection:
         if mode == "session":
             connection.execute("SET jit = on")
             connection.execute("RESET ALL")
             connection.execute(*perfdb.settlement())
-            assert settings(connection) == usual
+            assert settings(connection) == USUAL
             perfdb.refuse_unfit(connection, dsn)
         else:
             with pytest.raises(perfdb.UnfitDatabase, match="pool_mode = session"):

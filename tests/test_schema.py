@@ -37,6 +37,11 @@ def test_there_are_five_states_and_no_sixth(conn):
     ("job_state_fits_its_times", "state = 'Running'"),
     ("job_columns_make_sense", "parameters = '[]'"),
     ("job_columns_make_sense", "attempts = -1"),
+    *[("job_columns_make_sense", f"{column} = '{moment}'")
+      for column in ("run_after", "created", "cancel_requested", "last_state_change")
+      for moment in ("infinity", "-infinity", "20000-01-01", "1899-12-31")],
+    ("job_columns_make_sense", "state = 'Running', started = 'infinity'"),
+    ("job_columns_make_sense", "state = 'Failed', finished = '3000-01-02'"),
 ])
 def test_a_job_cannot_lie(conn, job, constraint, change):
     with pytest.raises(psycopg.errors.CheckViolation) as exc:
@@ -52,6 +57,8 @@ def test_a_job_cannot_lie(conn, job, constraint, change):
     ("step_columns_make_sense", "parameters = '7'"),
     ("step_columns_make_sense", "position = -1"),
     ("step_columns_make_sense", "attempts = -1"),
+    ("step_columns_make_sense", "started = '-infinity'"),
+    ("step_columns_make_sense", "state = 'Finished', finished = '20000-01-01'"),
 ])
 def test_a_step_cannot_lie(conn, step, constraint, change):
     with pytest.raises(psycopg.errors.CheckViolation) as exc:
@@ -60,6 +67,10 @@ def test_a_step_cannot_lie(conn, step, constraint, change):
 
 
 @pytest.mark.parametrize(("constraint", "insert"), [
+    ("job_type_step_timeout_is_positive",
+     "INSERT INTO job_types (name, step_timeout) VALUES ('x', '101 years')"),
+    ("job_type_retry_delay_not_negative",
+     "INSERT INTO job_types (name, retry_delay) VALUES ('x', '101 years')"),
     ("schedule_every_is_sensible", "INSERT INTO job_schedules (job_type_id, every, next_start) VALUES (1, '0', now())"),
     ("schedule_next_start_is_sensible",
      "INSERT INTO job_schedules (job_type_id, every, next_start) VALUES (1, '1 day', '-infinity')"),

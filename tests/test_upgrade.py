@@ -58,11 +58,13 @@ def init(capsys, *args):
     return status, capsys.readouterr().err
 
 
-def test_nothing_to_do_locks_nothing_and_writes_nothing(dsn, conn, capsys):
+def test_nothing_to_do_locks_nothing_and_writes_nothing(dsn, conn, capsys, monkeypatch):
     assert init(capsys) == (0, "")
     before = conn.execute(LATEST_CHANGE_SQL).fetchone()
     with psycopg.connect(dsn) as other:
         other.execute(LOCK_ALL_SQL)
+        other.execute(upgrade.TAKE_TURN_SQL)
+        monkeypatch.setattr(upgrade, "PAUSE_SECONDS", "nobody waits")
         assert init(capsys) == (0, "")
     assert conn.execute(LATEST_CHANGE_SQL).fetchone() == before
 
