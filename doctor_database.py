@@ -25,7 +25,7 @@ STRANGERS_SQL = f"""
 WITH {HELD_CTE}
 SELECT a.pid, a.usename, a.application_name, w.id
   FROM held
-  JOIN job_workers w      ON w.id = held.id AND w.backend_pid <> held.pid
+  JOIN job_workers w      ON w.id = held.id
   JOIN pg_stat_activity a ON a.pid = held.pid
  WHERE held.pid NOT IN (SELECT backend_pid FROM job_workers)
  ORDER BY a.pid

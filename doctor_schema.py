@@ -32,12 +32,12 @@ def statements(text: str) -> list[str]:
 
 
 # Of some relations and functions, one row per thing that can be there, differ or be missing. The
-# name of their own schema is left out, so that two schemas can be compared.
+# name of their own schema is left out, so that two schemas can be compared; before PostgreSQL 15 the
+# temporary one is pg_temp_3, say, and not pg_temp.
 DESCRIBE_SQL = """
 WITH relation AS (
     SELECT c.oid, c.relname::text AS name, c.relkind,
-           CASE WHEN n.oid = pg_my_temp_schema() THEN 'pg_temp.'
-                ELSE quote_ident(n.nspname::text) || '.' END AS prefix
+           quote_ident(n.nspname::text) || '.' AS prefix
       FROM pg_class c
       JOIN pg_namespace n ON n.oid = c.relnamespace
      WHERE c.oid = ANY(%(relations)s)
@@ -80,14 +80,12 @@ WITH relation AS (
      WHERE relkind = 'v'
      UNION ALL
     SELECT 'function', proname::text || '(' || oidvectortypes(proargtypes) || ')',
-           CASE WHEN n.oid = pg_my_temp_schema() THEN 'pg_temp.'
-                ELSE quote_ident(n.nspname::text) || '.' END,
-           pg_get_functiondef(p.oid)
+           quote_ident(n.nspname::text) || '.', pg_get_functiondef(p.oid)
       FROM pg_proc p
       JOIN pg_namespace n ON n.oid = p.pronamespace
      WHERE p.oid = ANY(%(functions)s)
 )
-SELECT kind, name, replace(definition, prefix, '')
+SELECT kind, name, replace(replace(definition, prefix, ''), 'pg_temp.', '')
   FROM thing
  ORDER BY pg_catalog.array_position(%(kinds)s::text[], kind), name
 """

@@ -45,8 +45,7 @@ USUAL = dict.fromkeys(
      "idle_in_transaction_session_timeout"), "0") | {
     "default_transaction_isolation": "read committed", "DateStyle": "ISO, YMD", "jit": "off",
     "IntervalStyle": "postgres", "TimeZone": "UTC", "extra_float_digits": "1",
-    "client_encoding": "UTF8", "standard_conforming_strings": "on",
-    "client_connection_check_interval": "10s"}
+    "client_encoding": "UTF8", "standard_conforming_strings": "on"}
 
 
 def settings(connection):
