@@ -73,8 +73,9 @@ WITH RECURSIVE schedule AS MATERIALIZED (
 INSERT INTO job_instances (job_type_id, description, parameters, run_after,
                            schedule_id, window_start)
 SELECT s.job_type_id, s.description,
-       s.parameters || pg_catalog.jsonb_build_object('start', to_char(due.start_time, {TIME_FORMAT}),
-                                          'end', to_char(due.end_time, {TIME_FORMAT})),
+       s.parameters || pg_catalog.jsonb_build_object(
+           'start', to_char(due.start_time, {TIME_FORMAT}),
+           'end', to_char(due.end_time, {TIME_FORMAT})),
        due.due_since, s.id, due.start_time
   FROM due, schedule s
  WHERE NOT EXISTS (SELECT FROM job_instances j
@@ -284,8 +285,9 @@ SELECT t.name, s.parameters
 BACKFILL_SQL = f"""
 INSERT INTO job_instances (job_type_id, description, parameters, schedule_id, window_start)
 SELECT s.job_type_id, s.description,
-       s.parameters || pg_catalog.jsonb_build_object('start', to_char(w.start_time, {TIME_FORMAT}),
-                                          'end', to_char(w.end_time, {TIME_FORMAT})),
+       s.parameters || pg_catalog.jsonb_build_object(
+           'start', to_char(w.start_time, {TIME_FORMAT}),
+           'end', to_char(w.end_time, {TIME_FORMAT})),
        s.id, w.start_time
   FROM job_schedules s,
        unnest(%(starts)s::timestamptz[], %(ends)s::timestamptz[]) AS w (start_time, end_time)
