@@ -27,7 +27,7 @@ class Refused(Exception):
     """What was asked for cannot be done; the text says why and what can."""
 
 
-# ------------------------------------------------------------------------------------------ list
+# -------------------------------------------------------------------------------------------- list
 
 # The newest ids first, and only then the counting of steps: for the jobs shown, not for all.
 LIST_SQL = """
@@ -96,7 +96,7 @@ def repeat(show: Callable[[], str], interval: float) -> None:
         time.sleep(interval)
 
 
-# ------------------------------------------------------------------------------------------ show
+# -------------------------------------------------------------------------------------------- show
 
 JOB_SQL = """
 SELECT v.*, now() AS now, t.max_running, v.run_after > now() AS is_future,
@@ -140,7 +140,8 @@ def show(connection: psycopg.Connection, args: argparse.Namespace) -> int:
     if args.json:
         print_json({"job": job, "steps": steps})
         return OK
-    title = f"Job {job['id']}  {job['job_type']}  {job['state']}  {visible(mark_test(job))}"
+    title = (f"Job {job['id']}  {visible(job['job_type'])}  {job['state']}  "
+             f"{visible(mark_test(job))}")
     print("", *(paint(line) for line in fold(title, 2)), "", sep="\n")
     print(*errors(job, steps), sep="\n", end="")
     print(*facts(job), sep="\n")
@@ -222,7 +223,7 @@ def why_stuck(job: dict[str, Any]) -> str:
     return ""
 
 
-# ------------------------------------------------------------------------------------------- log
+# --------------------------------------------------------------------------------------------- log
 
 LOG_SQL = """
 SELECT at, what
@@ -268,7 +269,8 @@ def log(connection: psycopg.Connection, args: argparse.Namespace) -> int:
     if args.json:
         print_json(rows)
         return OK
-    print(table([f"time ({zone(job['created'])})", "age", f"job {job['id']}, {job['job_type']}"], [
+    title = f"job {job['id']}, {visible(job['job_type'])}"
+    print(table([f"time ({zone(job['created'])})", "age", title], [
         (row["at"], age(elapsed(row["at"], job["now"])), row["what"])
         for row in rows]))
     if why := why_waiting(job):
@@ -276,7 +278,7 @@ def log(connection: psycopg.Connection, args: argparse.Namespace) -> int:
     return OK
 
 
-# ----------------------------------------------------------------------------------------- watch
+# ------------------------------------------------------------------------------------------- watch
 
 UNFINISHED_SQL = """
 SELECT j.id
@@ -364,7 +366,7 @@ def bar(row: dict[str, Any], width: int = 24) -> str:
     return shorten(line, shutil.get_terminal_size().columns - 1 if sys.stdout.isatty() else None)
 
 
-# ----------------------------------------------------------------------------------------- stats
+# ------------------------------------------------------------------------------------------- stats
 
 def stats(connection: psycopg.Connection, args: argparse.Namespace) -> int:
     """Print per type how many jobs wait, run, ended and failed."""

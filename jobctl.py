@@ -49,7 +49,7 @@ from tables import print_json, table, visible
 OK, FAILED, USAGE, NO_DATABASE = 0, 1, 2, 3  # exit status; 2 is argparse's
 
 
-# -------------------------------------------------------------------------------------- commands
+# ---------------------------------------------------------------------------------------- commands
 
 
 def init(connection: psycopg.Connection, args: argparse.Namespace) -> int:
@@ -155,7 +155,7 @@ def foretell(connection: psycopg.Connection, ids: list[int], done: str, states: 
             continue
         job = jobs[job_id]
         would = "would be" if job["state"] in states else "cannot be"
-        print(f"job {job_id} {would} {done}: {job['state']}, {job['job_type']}"
+        print(f"job {job_id} {would} {done}: {job['state']}, {visible(job['job_type'])}"
               f"{', ' * bool(job['description'])}{visible(job['description'])}")
     can = sum(job["state"] in states for job in jobs.values())
     print(f"{can} jobs would be {done}; nothing was changed")
@@ -233,7 +233,7 @@ def backfill(connection: psycopg.Connection, args: argparse.Namespace) -> int:
     return OK
 
 
-# --------------------------------------------------------------------------------------- options
+# ----------------------------------------------------------------------------------------- options
 
 INTERVAL = r"\s*\d+\s*(s|sec|min|h|d|w|mon|y|second|minute|hour|day|week|month|year)s?\s*"
 
