@@ -3,11 +3,11 @@
     python tests/chaos.py [WORD...]      only the faults in whose names a WORD stands
 
 For each fault a PostgreSQL of its own, two handlers with two workers each and some jobs of short
-transactional steps; every step writes one row (its effect) in the transaction that marks it Finished.
-Printed per fault: times injected, jobs lost (not ended as they should), effects doubled, late writes
-refused (by workers that had been taken over meanwhile) and the longest time from a fault until its
-job's next step was done, beside what that may be. Ends with status 1 if a job was lost, an effect
-doubled, something took too long or went wrong otherwise. Bounded: about six minutes.
+transactional steps; every step writes one row (its effect) in the transaction that marks it
+Finished. Printed per fault: times injected, jobs lost (not ended as they should), effects doubled,
+late writes refused (by workers that had been taken over meanwhile) and the longest time from a
+fault until its job's next step was done, beside what that may be. Ends with status 1 if a job was
+lost, an effect doubled, something took too long or went wrong otherwise. About six minutes.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class Chaos:
         return count * STEPS
 
     def running(self, pid: int | None = None) -> tuple[int, int, int, int]:
-        """Return (job, worker, pid, backend_pid) of a job with a running step, of worker `pid` if given."""
+        """Return (job, worker, pid, backend_pid) of a job with a running step, of worker `pid`."""
         return wait_for(lambda: self.rows(RUNNING_SQL, {"pid": pid}), what="a running job")[0]
 
     def effects(self, job_id: int | None = None) -> int:
@@ -124,8 +124,8 @@ class Chaos:
         with self.log.open("ab") as log:
             self.handlers.append(subprocess.Popen(
                 [sys.executable, str(ROOT / "handler.py"), "--module", "sample_jobs", *args],
-                stdout=log, stderr=log,
-                env=os.environ | {"PERFDB_DSN": dsn or self.dsn, "PYTHONPATH": str(ROOT / "tests")}))
+                stdout=log, stderr=log, env=os.environ | {
+                    "PERFDB_DSN": dsn or self.dsn, "PYTHONPATH": str(ROOT / "tests")}))
         return self.handlers[-1]
 
     def start_two(self, dsn: str = "") -> None:
@@ -150,14 +150,18 @@ class Chaos:
 
     # What happens, and what has.
 
-    def inject(self, fault: Callable[[], Any], job_id: int | None = None, timeout: float = 40) -> None:
+    def inject(self, fault: Callable[[], Any], job_id: int | None = None) -> None:
         """Do the damage and wait until the job's next step is done, or any job's."""
         before = self.effects(job_id)
         fault()
         begun = time.monotonic()
+        self.go_on(before, job_id)
+        self.note(time.monotonic() - begun)
+
+    def go_on(self, before: int, job_id: int | None = None, timeout: float = 40) -> None:
+        """Wait until a job, or any, has left more effects than `before`."""
         wait_for(lambda: self.effects(job_id) > before, timeout,
                  f"job {job_id} to go on" if job_id else "the jobs to go on")
-        self.note(time.monotonic() - begun)
 
     def note(self, seconds: float) -> None:
         """Count a fault, and how long it was felt."""
@@ -181,8 +185,9 @@ class Chaos:
 
     def losses(self) -> tuple[int, int]:
         """Return (jobs lost, effects doubled)."""
-        lost, doubled, missing = (self.rows(sql)[0][0] for sql in (UNENDED_SQL, DOUBLED_SQL, MISSING_SQL))
-        return lost + missing, doubled
+        unended, missing, doubled = (
+            self.rows(sql)[0][0] for sql in (UNENDED_SQL, MISSING_SQL, DOUBLED_SQL))
+        return unended + missing, doubled
 
     def refused(self) -> int:
         return self.log.read_text().count("dropped: ")
@@ -228,7 +233,8 @@ def main(words: Sequence[str]) -> int:
     begun, lines, problems = time.monotonic(), [], []
     faults = [fault for fault in FAULTS if not words or any(word in fault.name for word in words)]
     if not faults:
-        print("no such fault; there are:", *(fault.name for fault in FAULTS), sep="\n  ", file=sys.stderr)
+        print("no such fault; there are:", *(fault.name for fault in FAULTS), sep="\n  ",
+              file=sys.stderr)
         return 2
     for fault in faults:
         print(f"  {fault.name} ...", file=sys.stderr, flush=True)

@@ -1,13 +1,15 @@
-"""The faults of make chaos: each gets handlers and running jobs, and does its damage a few times."""
+"""The faults of make chaos: each gets handlers and running jobs, and does its damage."""
 
 from __future__ import annotations
 
 import os
 import random
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import psycopg
@@ -37,7 +39,7 @@ class Fault:
 def kill_worker(chaos: Chaos) -> None:
     for _ in range(6):
         job_id, _, pid, _ = chaos.running()
-        chaos.inject(lambda pid=pid: os.kill(pid, signal.SIGKILL), job_id)
+        chaos.inject(partial(os.kill, pid, signal.SIGKILL), job_id)
 
 
 def kill_handler(chaos: Chaos) -> None:
@@ -55,25 +57,23 @@ def kill_handler(chaos: Chaos) -> None:
 def stop_worker(chaos: Chaos) -> None:
     for _ in range(3):
         job_id, _, pid, backend_pid = chaos.running()
-
-        def fault(pid: int = pid, backend_pid: int = backend_pid) -> None:
-            os.kill(pid, signal.SIGSTOP)
-            chaos.rows(f"SELECT pg_terminate_backend({backend_pid}, 5000)")
-        chaos.inject(fault, job_id)
+        os.kill(pid, signal.SIGSTOP)
+        chaos.inject(partial(
+            chaos.rows, f"SELECT pg_terminate_backend({backend_pid}, 5000)"), job_id)
         os.kill(pid, signal.SIGCONT)
 
 
 def end_session(chaos: Chaos) -> None:
     for _ in range(6):
-        job_id, *_, backend_pid = chaos.running()
-        chaos.inject(lambda pid=backend_pid: chaos.rows(f"SELECT pg_terminate_backend({pid})"), job_id)
+        job_id, *_, pid = chaos.running()
+        chaos.inject(partial(chaos.rows, f"SELECT pg_terminate_backend({pid})"), job_id)
 
 
 def take_over(chaos: Chaos) -> None:
     for _ in range(6):
         job_id, *_ = chaos.running()
-        chaos.inject(lambda job_id=job_id: chaos.rows(
-            f"UPDATE job_instances SET worker_id = NULL WHERE id = {job_id}"), job_id)
+        chaos.inject(partial(
+            chaos.rows, f"UPDATE job_instances SET worker_id = NULL WHERE id = {job_id}"), job_id)
 
 
 def start_twenty(chaos: Chaos) -> None:
@@ -82,27 +82,38 @@ def start_twenty(chaos: Chaos) -> None:
     chaos.injected += 20
 
 
+WAITING_SQL = "SELECT count(*) FROM job_instances WHERE state IN ('Created', 'Queued')"
+LAST_STEP_SQL = """
+SELECT COALESCE(extract(epoch FROM max(finished)), 0)::float8
+  FROM job_steps
+"""
+
+
 def stop_pools(chaos: Chaos) -> None:
-    """Tell pools to stop while they start, work, or replace a worker; how long after the last step?"""
+    """Tell pools to stop while they start, work, or replace a worker."""
     chaos.end_handlers()
     for number in range(40):
-        if len(chaos.rows("SELECT 1 FROM job_instances WHERE state IN ('Created', 'Queued')")) < 6:
+        if chaos.rows(WAITING_SQL)[0][0] < 6:
             chaos.ask(4, seconds=0.3)
         pool = chaos.start("--workers", "4")
-        first = wait_for(lambda pid=pool.pid: limits.descendants(pid, 0), what="the first worker")[0]
+        first, *_ = wait_for(partial(limits.descendants, pool.pid, 0), what="its first worker")
         time.sleep(1.5 * random.random() ** 2)  # every fourth within 0.1 s
         if number % 4 == 0:
             os.kill(first, signal.SIGKILL)
             time.sleep(0.3 * random.random())
-        pool.terminate()
-        told = time.time()
-        wait_for(lambda pool=pool: pool.poll() is not None, what="a pool to stop")
-        stopped = time.time()
-        last = chaos.rows("SELECT extract(epoch FROM max(finished))::float8 FROM job_steps")[0][0] or 0
-        chaos.note(stopped - max(told, last))
-        chaos.check(pool.returncode == 0, f"a pool that was told to stop ended with {pool.returncode}")
-        chaos.handlers.remove(pool)
+        stop_pool(chaos, pool)
     chaos.start("--workers", "4")
+
+
+def stop_pool(chaos: Chaos, pool: subprocess.Popen) -> None:
+    """Tell a pool to stop; note how long after the end of the last step it did."""
+    pool.terminate()
+    told = time.time()
+    wait_for(lambda: pool.poll() is not None, what="a pool to stop")
+    stopped = time.time()
+    chaos.note(stopped - max(told, chaos.rows(LAST_STEP_SQL)[0][0]))
+    chaos.check(pool.returncode == 0, f"a pool told to stop ended with {pool.returncode}")
+    chaos.handlers.remove(pool)
 
 
 # ------------------------------------------------------------------------------------- connections
@@ -115,7 +126,7 @@ def start_behind(chaos: Chaos, proxy: Proxy, options: str = "") -> int:
 
 
 def cut_half_open(chaos: Chaos) -> None:
-    """A worker behind a proxy that goes deaf: the server sees it vanish, the worker sees nothing."""
+    """The server sees a worker vanish, the worker sees nothing."""
     for _ in range(2):
         proxy = chaos.stack.enter_context(Proxy(chaos.dsn))
         chaos.ask()  # so that there is one left for the worker that is only starting
@@ -134,12 +145,12 @@ def go_silent(chaos: Chaos) -> None:
     in_step.go_silent()
     at_commit.silent_at = b"COMMIT"
     begun = time.monotonic()
-    for job_id in silenced:
-        wait_for(lambda job_id=job_id: chaos.effects(job_id) > before[job_id], 120, f"job {job_id} to go on")
+    for job_id, effects in before.items():
+        chaos.go_on(effects, job_id, timeout=120)
         chaos.note(time.monotonic() - begun)
     for proxy in silenced.values():
         proxy.heal()
-    wait_for(lambda: chaos.log.read_text().count("is back") == 2, what="the silenced workers to come back")
+    wait_for(lambda: chaos.log.read_text().count("is back") == 2, what="the silenced to come back")
 
 
 # -------------------------------------------------------------------------------------- the server
@@ -148,7 +159,7 @@ def go_silent(chaos: Chaos) -> None:
 def restart_server(chaos: Chaos) -> None:
     for _ in range(3):
         job_id, *_ = chaos.running()
-        chaos.inject(lambda: chaos.server.restart("immediate"), job_id)
+        chaos.inject(chaos.server.restart, job_id)
 
 
 UNFLUSHED_SQL = "SELECT (pg_current_wal_insert_lsn() - pg_current_wal_flush_lsn())::bigint"
@@ -164,7 +175,7 @@ def crash_server(chaos: Chaos) -> None:
         chaos.ask(2)
         time.sleep(0.5 * random.random())
         unflushed += chaos.rows(UNFLUSHED_SQL)[0][0]
-        chaos.inject(lambda: chaos.server.restart("immediate"))
+        chaos.inject(chaos.server.restart)
     chaos.check(unflushed > 0, "all had been on the disk each time: nothing could be forgotten")
     chaos.blame_nobody()
 
@@ -173,7 +184,7 @@ SESSIONS_SQL = "SELECT id, backend_pid FROM job_workers ORDER BY id"
 
 
 def fail_over(chaos: Chaos) -> None:
-    """To a standby that has not heard of the last 1.5 s: a worker, its claims, requests, effects."""
+    """To a standby that has not heard of the last 1.5 s: a worker, claims, requests, effects."""
     for _ in range(2):
         chaos.end_handlers()
         primary, standby = chaos.server, chaos.stack.enter_context(Standby(chaos.server))
@@ -197,7 +208,8 @@ def fail_over(chaos: Chaos) -> None:
     sessions = chaos.rows(SESSIONS_SQL)
     time.sleep(3)  # while nobody ends anybody
     chaos.check(chaos.rows(SESSIONS_SQL) == sessions, f"sessions do not last: {sessions}")
-    chaos.check(not chaos.rows("SELECT 1 FROM job_instances WHERE state = 'Failed'"), "a job Failed")
+    failed = chaos.rows("SELECT id, comment FROM job_instances WHERE state = 'Failed'")
+    chaos.check(not failed, f"blamed: {failed}")
 
 
 TIMEOUTS = ("statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout",
@@ -230,7 +242,7 @@ NO_SPACE_FOR = (["job_instances"], ["job_steps"], ["job_instances", "job_steps",
 
 
 def run_out_of_space(chaos: Chaos) -> None:
-    """For three seconds nothing can be claimed, begun, ended, put back; nor can a worker register."""
+    """For three seconds nothing can be claimed, begun, ended or put back, no worker register."""
     chaos.rows(NO_SPACE_SQL)
     for names in NO_SPACE_FOR:
         chaos.ask()
@@ -240,8 +252,13 @@ def run_out_of_space(chaos: Chaos) -> None:
                        "FOR EACH STATEMENT EXECUTE FUNCTION no_space()")
         chaos.start()
         time.sleep(3)
-        chaos.inject(lambda names=names: [chaos.rows(f"DROP TRIGGER no_space ON {name}") for name in names])
+        chaos.inject(partial(make_space, chaos, names))
     chaos.blame_nobody()
+
+
+def make_space(chaos: Chaos, names: list[str]) -> None:
+    for name in names:
+        chaos.rows(f"DROP TRIGGER no_space ON {name}")
 
 
 def hold_snapshot(chaos: Chaos) -> None:

@@ -1,4 +1,4 @@
-"""TCP on loopback in front of a server, which can go deaf or silent without closing anything."""
+"""TCP on loopback in front of a server; can go deaf or silent without closing anything."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 
 class Proxy:
-    """Connections to `self.dsn` reach that of `dsn`; it goes silent at `silent_at` from a client."""
+    """Who connects to its `dsn` reaches the given one; silent once a client sends `silent_at`."""
 
     def __init__(self, dsn: str, silent_at: bytes = b"") -> None:
         self.server = conninfo_to_dict(dsn)
@@ -29,8 +29,8 @@ class Proxy:
                 near, far = self.listener.accept()[0], self._dial()
                 self.near.append(near)
                 self.far.append(far)
-                for source, sink in ((near, far), (far, near)):
-                    threading.Thread(target=self._forward, args=(source, sink), daemon=True).start()
+                for ends in ((near, far), (far, near)):
+                    threading.Thread(target=self._forward, args=ends, daemon=True).start()
 
     def _dial(self) -> socket.socket:
         host, port = self.server["host"], self.server["port"]

@@ -1,4 +1,4 @@
-"""A hot standby: a copy of an embedded PostgreSQL that follows it until it is cut off or promoted."""
+"""A hot standby: a copy of an embedded PostgreSQL that follows it until it is cut off."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ class Standby(Server):
         self.bin = self.primary.bin
         if self.user is not None:
             os.chown(self.directory, self.user.pw_uid, self.user.pw_gid)
-        copy = self._spawn("pg_basebackup", "-D", self.directory / "data", "-d", self.primary.dsn(),
-                           "--checkpoint=fast", "--write-recovery-conf", "--no-sync")
+        copy = self._spawn(
+            "pg_basebackup", "-D", self.directory / "data", "-d", self.primary.dsn(),
+            "--checkpoint=fast", "--write-recovery-conf", "--no-sync")
         if copy.wait() != 0:
             raise ServerError(f"pg_basebackup ended with status {copy.returncode}:\n{self._log()}")
 
