@@ -17,6 +17,7 @@ import psycopg
 
 from control import TYPE_NAMES_SQL
 from doctor_database import CHECKS as DATABASE_CHECKS
+from doctor_database import Note
 from doctor_schema import schema
 from jobs import JOB_TYPES, parameter_problems
 from parameters import schema_problems
@@ -30,10 +31,6 @@ CLOCK_SECONDS = 5       # this host's clock may differ from the server's by so m
 MOST_CONNECTIONS = 0.9  # of max_connections
 MOST_FAILURES = 20      # kinds of them, the latest
 LONGEST_WAIT = "30 minutes"  # of a due job while workers live
-
-
-class Note(str):
-    """A finding that needs nobody: good to know, but no reason to wake anyone."""
 
 
 def types(connection: psycopg.Connection) -> Findings:

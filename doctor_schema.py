@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psycopg
 
+from doctor_database import Note
 from perfdb import SCHEMA_VERSION, query
 
 SCHEMA = Path(__file__).with_name("schema.sql")
@@ -156,10 +157,10 @@ def schema(connection: psycopg.Connection) -> Iterator[str]:
     try:
         yield from (f"schema: {one}" for one in differences(connection))
     except psycopg.errors.InsufficientPrivilege:
-        yield ("schema: not compared with schema.sql, because this role may not make temporary "
-               "tables: GRANT TEMPORARY ON DATABASE to it")
+        yield Note("schema: not compared with schema.sql, because this role may not make "
+                   "temporary tables: GRANT TEMPORARY ON DATABASE to it")
     except psycopg.errors.ReadOnlySqlTransaction:
-        yield "schema: not compared with schema.sql on a standby; run doctor on the primary"
+        yield Note("schema: not compared with schema.sql on a standby; run doctor on the primary")
 
 
 def installed_version(connection: psycopg.Connection) -> int | None:

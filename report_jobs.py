@@ -59,7 +59,7 @@ def attention(connection: psycopg.Connection, findings: list[str]) -> str:
     if more := len(findings) - FINDINGS:
         parts += [card(f"{more} more findings", "", "", "python jobctl.py doctor")] * (more > 0)
     return section("Needs attention", *(parts or [
-        "<p>Nothing: no job failed in the last day, and doctor says that all is well.</p>"]))
+        "<p>Nothing: no job failed in the last day, and doctor found nothing.</p>"]))
 
 
 def finding_card(finding: str) -> str:

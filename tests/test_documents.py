@@ -42,7 +42,7 @@ EXPECTED = {
     "report.py": (0, r"(<!DOCTYPE html>.*</html>\n)?"),
     "handler.py --once -v": (0, r".* INFO .*|"),
     "handler.py --once": (0, ""),
-    "handler.py": (0, ""),
+    "handler.py": (0, r"(\S+ \S+ INFO .*\n)*"),
 }
 
 
@@ -105,7 +105,7 @@ def run(command, directory):
     try:
         out, _ = process.communicate(timeout=1 if "--workers" in command else 30)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGTERM)
+        process.terminate()
         out, _ = process.communicate(timeout=30)
         return (0 if process.returncode in (0, -signal.SIGTERM) else process.returncode), out
     return process.returncode, out

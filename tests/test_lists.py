@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import control
+import handler
 import jobctl
 import tables
 
@@ -29,6 +30,7 @@ def ctl(conn, dsn, capsys):
         out, err = capsys.readouterr()
         assert (status, "Traceback" in err) == (expect, False), err
         return out + err
+    handler.load_modules()
     control.write_types(conn)
     return ctl
 

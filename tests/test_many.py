@@ -7,6 +7,7 @@ import pytest
 
 import control
 import doctor
+import handler
 import jobctl
 import perfdb
 from worker import Worker
@@ -23,6 +24,7 @@ def ctl(conn, dsn, capsys):
         out, err = capsys.readouterr()
         assert (status, "Traceback" in err) == (expect, False), out + err
         return out + err
+    handler.load_modules()
     control.write_types(conn)
     return ctl
 
@@ -190,6 +192,19 @@ def test_notes_need_nobody(dsn, ctl, conn, monkeypatch):
         conn.execute("REVOKE SELECT ON job_schedules FROM looks")
         assert "note: rights: cannot look for schedules: permission denied" in ctl("doctor")
     finally:
+        conn.execute("DROP OWNED BY looks; DROP ROLE looks")
+
+
+def test_a_role_that_cannot_compare_the_tables_is_no_alarm(dsn, ctl, conn, monkeypatch):
+    conn.execute("CREATE ROLE looks LOGIN; GRANT SELECT ON ALL TABLES IN SCHEMA public TO looks")
+    temporary = ("DO $$ BEGIN EXECUTE format('{} ON DATABASE %I {} PUBLIC', current_database()); "
+                 "END $$")
+    conn.execute(temporary.format("REVOKE TEMPORARY", "FROM"))
+    monkeypatch.setenv("PERFDB_DSN", f"{dsn} user=looks")
+    try:
+        assert "note: schema: not compared with schema.sql" in ctl("doctor")
+    finally:
+        conn.execute(temporary.format("GRANT TEMPORARY", "TO"))
         conn.execute("DROP OWNED BY looks; DROP ROLE looks")
 
 

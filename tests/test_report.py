@@ -11,6 +11,7 @@ import psycopg
 import pytest
 
 import control
+import handler
 import report
 
 VOID = {"meta", "link", "br"}
@@ -77,10 +78,8 @@ def test_the_parts_come_by_priority(full, page):
 
 
 def test_an_empty_database_is_said_in_words(conn, page):
-    control.write_types(conn, ["Alarm Calculation", "Bazefield Tag Delete",
-                               "Bazefield Insert Allocation"])
-    for name in [t for t in report.doctor.JOB_TYPES if t not in report.handler.JOB_MODULES]:
-        control.write_types(conn, [name])
+    handler.load_modules()
+    control.write_types(conn)
     parts = page("jobs").parts
     for part, said in {"Needs attention": "Nothing: no job failed", "Schedules": "None.",
                        "Running now": "No job is running.", "Samples": "no samples yet",
