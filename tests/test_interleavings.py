@@ -1,0 +1,169 @@
+"""Between two statements: every order of them, and the schedules that once went wrong."""
+
+import interleavings
+import pytest
+import scenes
+from gates import Stage
+from interleavings import Run
+from scenes import LIMITED, ONE, REASON, TWICE, Job, Scene
+
+import life
+
+
+@pytest.fixture
+def stage(dsn):
+    with Stage(dsn) as stage:
+        yield stage
+
+
+@pytest.fixture
+def begin(stage):
+    """Begin a play of a scene; after the test it must be found to have ended well."""
+    runs = []
+
+    def begin(*args, faults=1, **kwargs):
+        scene = Scene("", *args, faults_left=faults, **kwargs)
+        scene.prepare(stage.watch)
+        runs.append(Run(stage, scene))
+        return runs[-1]
+    yield begin
+    with runs[0] as run:
+        for name in run.actors:
+            run.until(name)
+        assert ends_badly(run) == []
+
+
+def ends_badly(run):
+    """Return what is wrong after a play, whose actors have all gone."""
+    problems = run.problems + run.scene.wrong_at_the_end(run)
+    rows = run.scene.rows(run.stage.watch)
+    return problems + run.scene.wrong(rows, rows, *([*run.actors.values()][:1]), "", set(), False)
+
+
+def the_job(run, job_id=1):
+    """Return state and comment of a job, and the states of its steps."""
+    rows = run.scene.rows(run.stage.watch)
+    return (rows.jobs[job_id]["state"], rows.jobs[job_id]["comment"],
+            [step["state"] for step in rows.steps.values() if step["job"] == job_id])
+
+
+@pytest.mark.parametrize("scene", scenes.SMALL, ids=lambda scene: scene.name)
+def test_every_order_of_the_statements(stage, scene):
+    scene.prepare(stage.watch)
+    explored = interleavings.explore(stage, scene)
+    print(f"{scene.name}: {explored}")
+    assert not explored.problems, "\n  ".join([*explored.problems, "after", *explored.path])
+    assert explored.states > 20
+
+
+def test_a_missing_fence_is_found(stage, monkeypatch):
+    """That the test above can fail."""
+    fence = "\n       AND worker_id = %(worker_id)s"
+    monkeypatch.setattr(life, "END_SQL", life.END_SQL.replace(fence, "", 1))
+    scene = Scene("", ONE, "A", acts=("hand 1", "recover 0"))
+    scene.prepare(stage.watch)
+    assert interleavings.explore(stage, scene).problems
+
+
+# The schedules that once went wrong, found by holding the requests of real handlers at a proxy.
+
+
+def test_recovery_looks_at_the_step_it_has_got(begin):
+    run = begin(acts=("hand 1",))
+    run.until("A", "COMMIT")  # of the first step: its effect and its end are written
+    run.until("hand 1")
+    run.until("B")            # sees a job Running in nobody's hand
+    run.until("A")
+    run.until("B")
+    assert the_job(run)[2][0] == "Finished"
+
+
+def test_a_job_taken_away_and_cancelled_takes_its_step_along(begin):
+    run = begin(workers="A", acts=("hand 1", "cancel 1"))
+    run.until("A", "end_step")
+    run.until("hand 1")
+    run.until("cancel 1")
+    run.until("A")
+    assert the_job(run) == ("Failed", f"{REASON}, 1 of 2 steps not run", ["Failed", "Created"])
+
+
+@pytest.mark.parametrize("fault", ["cut", "ghost"])
+def test_a_connection_lost_at_a_rollback_ends_nobody(begin, fault):
+    run = begin((Job(("error", "ok")),), "A")
+    run.until("A", "ROLLBACK")
+    run.do("A", fault)
+    run.until("A")
+    assert run.actors["A"].result == 1
+    assert the_job(run)[2] == ["Failed", "Finished"]
+
+
+def test_a_job_taken_away_before_it_is_queued_stays_free(begin):
+    """Or two of a type that may have one would run."""
+    run = begin((Job(), Job(priority=1)), acts=("hand 2",), limits=LIMITED)
+    run.until("A", "QUEUE_SQL")
+    run.until("hand 2")
+    run.until("B", "QUEUE_SQL")
+    run.do("B", "go")
+    run.do("A", "go")
+    assert scenes.too_many(run.scene.rows(run.stage.watch)) == []
+    assert the_job(run, 1)[0] == "Created"
+
+
+def test_a_worker_ends_every_former_session_of_its_own(begin):
+    run = begin(workers="A", faults=2)
+    run.until("A", "end_step")
+    run.do("A", "ghost")
+    run.until("A", "LOCK_SQL")
+    run.do("A", "go")
+    run.do("A", "ghost")      # has the lock, and has not registered again
+    run.until("A")
+    assert run.actors["A"].is_done  # and does not wait for its own ghost
+    assert the_job(run)[0] == "Finished"
+    assert len(run.actors["A"].ids) == 1
+
+
+@pytest.mark.parametrize("attempts", [1, 2])
+@pytest.mark.parametrize(("steps", "standing"), [
+    (("ok", "ok"), "end"), (("ok", "error"), "COMMIT"), (("ok", "error"), "ROLLBACK")])
+def test_a_cancel_while_the_last_step_runs_wins(begin, steps, standing, attempts):
+    run = begin((Job(steps),), "A", acts=("cancel 1",), limits=TWICE | {
+        "Transactional": (attempts, None)})
+    run.until("A", "end_step")
+    run.do("A", "go")
+    run.until("A", standing)
+    run.until("cancel 1")
+    run.until("A")
+    last = {"ok": "Finished", "error": "Failed"}[steps[-1]]
+    assert the_job(run) == ("Failed", f"{REASON}, 0 of 2 steps not run", ["Finished", last])
+
+
+def test_a_cancel_wins_over_a_stop(begin):
+    run = begin(workers="A", acts=("cancel 1",))
+    run.until("A", "QUEUE_SQL")
+    run.do("A", "stop")
+    run.until("A", "hand_back")
+    run.until("cancel 1")
+    run.until("A")
+    assert the_job(run) == ("Failed", f"{REASON}, 1 of 2 steps not run", ["Finished", "Created"])
+
+
+@pytest.mark.parametrize(("steps", "standing"), [
+    (("ok", "ok"), "QUEUE_SQL"), (("ok", 1), "REFUSE_SQL")], ids=["take-up", "refusal"])
+def test_a_cancel_wins_over_a_take_up_and_a_refusal(begin, steps, standing):
+    run = begin((Job(steps),), "A", acts=("cancel 1",))
+    run.until("A", standing)
+    run.until("cancel 1")
+    run.until("A")
+    assert the_job(run)[0] == "Failed"
+    assert the_job(run)[1].startswith(REASON)
+
+
+def test_a_cancel_wins_over_the_begin_of_a_queued_job(begin):
+    run = begin(acts=("cancel 1",))
+    run.until("A", "QUEUE_SQL")
+    run.do("A", "stop")
+    run.until("A")
+    run.until("B", "BEGIN_SQL")
+    run.until("cancel 1")
+    run.until("B")
+    assert the_job(run) == ("Failed", f"{REASON}, 1 of 2 steps not run", ["Finished", "Created"])
