@@ -37,7 +37,7 @@ MODULES = (claims, life, worker, jobs, control, handler)
 # What touches nothing that others see is let through: it commutes with whatever they do.
 SHARED = re.compile(r"\b(job_instances|job_steps|job_workers|trace|pg_advisory|pg_terminate)")
 # Nor does this: rows that are the actor's own or that it has locked, looks that are made again.
-COMMUTING = {"INSERT INTO trace", "REGISTER_SQL", "LEAVE_SQL", "ORPHANS_SQL", "OWN_SQL",
+COMMUTING = {"INSERT INTO trace", "REGISTER_SQL", "LEAVE_SQL", "OWN_SQL",
              "NEXT_STEP_SQL", "STEP_BACK_SQL", "JOB_BACK_SQL", "JOB_POISON_SQL"}
 MOMENT_OID = 1184   # timestamptz: the one thing that differs each time
 ARROWS = {name for name, value in vars(life).items()

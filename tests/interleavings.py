@@ -202,6 +202,15 @@ class Run:
                                digest_size=16).digest()
 
 
+@dataclass(frozen=True)
+class Doer:
+    """Who may have changed something, as he was before: his worker's id, and what he was about."""
+
+    actor: Actor
+    mine: set[int]
+    recovers: bool
+
+
 @dataclass
 class Explored:
     """What `explore` has seen: how much, and the first thing that was wrong."""
@@ -254,11 +263,12 @@ def _follow(run: Run, path: list[tuple[str, str]], owned: dict[str, set[int]], t
         rows = _try(run, choices[0], rows, explored)
 
 
-def _try(run: Run, choice: tuple[str, str], before: Any, explored: Explored) -> Any:
+def _try(run: Run, choice: tuple[str, str], before: Rows, explored: Explored) -> Rows:
+    """Let it happen and see what has changed; whoever waited may have gone on by it, too."""
     explored.transitions += 1
-    actor = run.actors[choice[0]]
-    recovers, mine = actor.recovers, set(actor.ids[-1:])
+    doers = [Doer(actor, set(actor.ids[-1:]), actor.recovers) for actor in run.actors.values()
+             if actor.is_blocked or actor.name == choice[0]]
     run.do(*choice)
     after = run.scene.rows(run.stage.watch)
-    run.problems += run.scene.wrong(before, after, actor, choice[1], mine, recovers)
+    run.problems += run.scene.wrong(before, after, doers)
     return after

@@ -9,7 +9,7 @@ from typing import Any
 
 import psycopg
 from gates import Actor, Directed
-from interleavings import Run
+from interleavings import Doer, Run
 from sample_jobs import Transactional
 
 import claims
@@ -49,6 +49,13 @@ SELECT setval(pg_get_serial_sequence('job_steps', 'id'), 1, false);
 INSERT_SQL = """
 INSERT INTO job_instances (id, job_type_id, parameters, priority, unique_key)
 SELECT %s, id, %s, %s, %s FROM job_types WHERE name = %s
+"""
+
+QUEUED_SQL = """
+WITH job AS (UPDATE job_instances SET state = 'Queued' WHERE id = %(id)s RETURNING id)
+INSERT INTO job_steps (job_instance_id, position, name, parameters)
+SELECT id, n, what, jsonb_build_object('what', what)
+  FROM job, unnest(%(steps)s::text[]) WITH ORDINALITY AS s(what, n)
 """
 
 # Everything anybody could have changed, without moments; and who holds a worker's lock.
@@ -103,6 +110,7 @@ class Job:
     type_name: str = "Transactional"
     key: str | None = None
     priority: int = 0
+    queued: bool = False
 
 
 @dataclass(frozen=True)
@@ -134,6 +142,8 @@ class Scene:
         for number, job in enumerate(self.jobs, 1):
             connection.execute(INSERT_SQL, [
                 number, json.dumps({"steps": job.steps}), job.priority, job.key, job.type_name])
+            if job.queued:
+                connection.execute(QUEUED_SQL, {"id": number, "steps": list(job.steps)})
 
     def rows(self, connection: psycopg.Connection) -> Rows:
         return Rows(*connection.execute(ROWS_SQL).fetchone())
@@ -152,18 +162,19 @@ class Scene:
 
     # What must hold.
 
-    def wrong(self, before: Rows, after: Rows, actor: Actor, order: str,
-              mine: set[int], recovers: bool) -> list[str]:
-        """Return what is wrong with the rows, and with what a choice has made of them."""
-        changed = [job_id for job_id in after.jobs if before.of(job_id) != after.of(job_id)]
-        problems = [f"job {job_id} is none of the business of {actor.name}" for job_id in changed
-                    if not actor.name.startswith(OUTSIDERS)
-                    and not may_write(before, after, job_id, actor, mine, recovers)]
-        note_ownership(before, actor, mine)
+    def wrong(self, before: Rows, after: Rows, doers: list[Doer]) -> list[str]:
+        """Return what is wrong with the rows, and with what has become of them."""
+        names = " and ".join(doer.actor.name for doer in doers)
+        problems = [f"job {job_id} is none of the business of {names}" for job_id in after.jobs
+                    if before.of(job_id) != after.of(job_id)
+                    and not any(may_write(before, after, job_id, doer) for doer in doers)]
+        for doer in doers:
+            note_ownership(before, doer)
+            problems += forgotten(after, doer.actor)
         problems += [f"step {step['id']} was Finished and is {after.steps[step_id]['state']}"
                      for step_id, step in before.steps.items()
                      if step["state"] == "Finished" and after.steps[step_id]["state"] != "Finished"
-                     and not actor.name.startswith("again")]
+                     and "again" not in names]
         return problems + [text for job in after.jobs.values() for text in wrong_job(job, after)] \
             + wrong_effects(after, any(act.startswith("again") for act in self.acts)) \
             + too_many(after)
@@ -182,10 +193,11 @@ class Scene:
         problems = [f"job {job['id']} is stuck: {job}" for job in rows.jobs.values()
                     if job["state"] not in ("Finished", "Failed")]
         problems += [f"the last handler ended with {status}"] * (status not in (0, 1))
-        problems += [f"cancelled, and then: {rows.jobs[1]}" for actor in cancels
-                     if actor.result and not self._retried(run) and not (
-                         rows.jobs[1]["state"] == "Failed"
-                         and rows.jobs[1]["comment"].startswith(REASON))]
+        for actor in cancels:
+            job = rows.jobs[int(actor.name.split()[1])]
+            if actor.result and not self._retried(run) and not (
+                    job["state"] == "Failed" and job["comment"].startswith(REASON)):
+                problems.append(f"cancelled, and then: {job}")
         return problems + [f"rows of dead workers stay: {rows.workers}"] * bool(rows.workers)
 
     def _retried(self, run: Run) -> bool:
@@ -219,17 +231,17 @@ def hold(connection: psycopg.Connection, _job_id: int) -> None:
     """Claim a job as a third worker that is slow to commit, and then die."""
     third = Worker()
     with third.connection.transaction():
-        claims.claim(third, claims.Wanted.of(["Transactional"]))
+        claims.claim(third, claims.Wanted.of(TYPES))
     third.close()
 
 
-# Makes what runs look as if it had begun two hours ago.
+# Makes what runs look as if it had begun earlier.
 AGE_SQL = """
 WITH job AS (
-    UPDATE job_instances SET last_state_change = last_state_change - interval '2 hours'
+    UPDATE job_instances SET last_state_change = last_state_change - %(age)s::interval
      WHERE id = %(id)s AND worker_id IS NOT NULL RETURNING id
 )
-UPDATE job_steps SET started = started - interval '2 hours'
+UPDATE job_steps SET started = started - %(age)s::interval
  WHERE job_instance_id = %(id)s AND state = 'Running'
 """
 
@@ -241,26 +253,50 @@ OPERATORS = {
     "hand": lambda connection, job_id: connection.execute(
         "UPDATE job_instances SET worker_id = NULL WHERE id = %s AND worker_id IS NOT NULL",
         [job_id]),
-    "age": lambda connection, job_id: connection.execute(AGE_SQL, {"id": job_id}),
+    "age": lambda connection, job_id: connection.execute(
+        AGE_SQL, {"id": job_id, "age": "2 hours"}),
     "hold": hold,
     "recover": recover,
     "overrun": lambda connection, job_id: recover(connection, job_id, overruns=True),
 }
 
 
-def may_write(before: Rows, after: Rows, job_id: int, actor: Actor,
-              mine: set[int], recovers: bool) -> bool:
-    """Whether a worker may have changed this job and its steps."""
+def may_write(before: Rows, after: Rows, job_id: int, doer: Doer) -> bool:
+    """Whether somebody may have changed this job and its steps."""
     was, now = before.jobs[job_id], after.jobs[job_id]
-    if was["owner"] in mine or job_id in actor.owned:
+    if doer.actor.name.startswith(OUTSIDERS) or was["owner"] in doer.mine \
+            or job_id in doer.actor.owned:
         return True
-    if was["owner"] is None and now["owner"] in mine | set(actor.ids):  # a claim
-        return before.of(job_id) == (was, after.of(job_id)[1]) and was["state"] == now["state"]
-    if recovers and only_comments(before.of(job_id), after.of(job_id)):  # an overrun
-        return True
-    pid = actor.session and actor.session.pid
-    orphan = not any(owner == was["owner"] and holder != pid for owner, holder in before.holders)
-    return recovers and orphan and (was["owner"] is not None or was["state"] == "Running")
+    if was["owner"] is None and now["owner"] in doer.actor.ids:  # a claim
+        return before.of(job_id)[1] == after.of(job_id)[1] and was["state"] == now["state"]
+    return doer.recovers and (
+        only_comments(before.of(job_id), after.of(job_id))  # an overrun
+        or (is_orphan(was, before, doer) and (was["owner"] or was["state"] == "Running")))
+
+
+def is_orphan(job: dict[str, Any], rows: Rows, doer: Doer) -> bool:
+    """Whether nobody but perhaps he who recovers it holds the lock of the job's worker."""
+    own = doer.actor.session and doer.actor.session.pid
+    return not any(owner == job["owner"] and pid != own for owner, pid in rows.holders)
+
+
+def note_ownership(before: Rows, doer: Doer) -> None:
+    """Remember what was ours when a transaction wrote: its COMMIT may come later."""
+    actor = doer.actor
+    if actor.session is None or actor.session.pgconn.transaction_status == 0:
+        actor.owned = set()
+    elif actor.was_in_transaction:
+        actor.owned = actor.owned | {job_id for job_id, job in before.jobs.items()
+                                     if job["owner"] in doer.mine}
+
+
+def forgotten(rows: Rows, actor: Actor) -> list[str]:
+    """Return the jobs a worker has in hand, by the rows, that begins a turn without any."""
+    if actor.is_done or actor.standing != "LOOK_SQL" or len(actor.seen) != 1:
+        return []
+    _, setbacks, _, _, job, _ = actor.seen[0]
+    return [f"{actor.name} has forgotten job {job_id}" for job_id, row in rows.jobs.items()
+            if row["owner"] in actor.ids and job == "None" and not setbacks]
 
 
 def only_comments(before: tuple[Any, ...], after: tuple[Any, ...]) -> bool:
@@ -268,16 +304,6 @@ def only_comments(before: tuple[Any, ...], after: tuple[Any, ...]) -> bool:
     (job, steps), (job_now, steps_now) = before, after
     return job == job_now and [step | {"comment": None} for step in steps] == [
         step | {"comment": None} for step in steps_now]
-
-
-def note_ownership(before: Rows, actor: Actor, mine: set[int]) -> None:
-    """Remember what was ours when a transaction wrote: its COMMIT may come later."""
-    session = actor.session
-    if session is None or session.pgconn.transaction_status == 0:
-        actor.owned = set()
-    elif actor.was_in_transaction:
-        actor.owned = actor.owned | {job_id for job_id, job in before.jobs.items()
-                                     if job["owner"] in mine}
 
 
 def wrong_job(job: dict[str, Any], rows: Rows) -> Iterator[str]:
@@ -324,7 +350,9 @@ TWO = (Job(("ok",)), Job(("ok",), priority=1))
 LIMITED = {"Transactional": (1, 1), "Another": (1, 1)}
 TWICE = {"Transactional": (2, None), "Plain": (2, None)}
 
-#: for every run of the tests: one fault or one operator, and a third worker that recovers
+PLAIN = (Job(("ok",), "Plain"), Job(("ok",), "Plain"))
+
+#: for every run of the tests: one fault or two operators at every point, and who recovers
 SMALL = (
     Scene("two workers, two steps"),
     Scene("stopped", faults=("stop",), faults_left=1),
@@ -336,7 +364,14 @@ SMALL = (
     Scene("tried again", FAILING, "A", acts=("retry 1", "again 1")),
     Scene("taken away by hand", workers="A", acts=("hand 1", "recover 0")),
     Scene("taken away and cancelled", ONE, "A", acts=("hand 1", "cancel 1")),
+    Scene("taken away and stopped", workers="A", faults=("stop",), faults_left=1, acts=("hand 1",)),
+    Scene("taken away before another try", (Job(("error",)),), "A", acts=("hand 1",), limits=TWICE),
+    Scene("taken away with another to come", PLAIN, "A", acts=("hand 1",)),
+    Scene("stopped and cancelled", PLAIN, "A", faults=("stop",), faults_left=1, acts=("cancel 2",)),
+    Scene("refused", (Job(("ok", 1)),), "A", acts=("hand 1", "cancel 1")),
+    Scene("resumed", (Job(queued=True),), "A", acts=("hand 1", "cancel 1")),
     Scene("two types of one each", (Job(("ok",)), Job(("ok",), "Another")), limits=LIMITED),
     Scene("one of two at once", TWO, limits=LIMITED),
+    Scene("taken away of a limited type", TWO, "A", acts=("hand 2", "hold 0"), limits=LIMITED),
     Scene("a claim that hangs", TWO, "A", acts=("hold 0",), limits=LIMITED),
 )

@@ -1,5 +1,7 @@
 """Between two statements: every order of them, and the schedules that once went wrong."""
 
+from datetime import UTC, datetime, timedelta
+
 import interleavings
 import pytest
 import scenes
@@ -7,7 +9,11 @@ from gates import Stage
 from interleavings import Run
 from scenes import LIMITED, ONE, REASON, TWICE, Job, Scene
 
+import control
 import life
+import perfdb
+import schedules
+from worker import Worker, end_overrun
 
 
 @pytest.fixture
@@ -37,7 +43,7 @@ def ends_badly(run):
     """Return what is wrong after a play, whose actors have all gone."""
     problems = run.problems + run.scene.wrong_at_the_end(run)
     rows = run.scene.rows(run.stage.watch)
-    return problems + run.scene.wrong(rows, rows, *([*run.actors.values()][:1]), "", set(), False)
+    return problems + run.scene.wrong(rows, rows, [])
 
 
 def the_job(run, job_id=1):
@@ -167,3 +173,83 @@ def test_a_cancel_wins_over_the_begin_of_a_queued_job(begin):
     run.until("cancel 1")
     run.until("B")
     assert the_job(run) == ("Failed", f"{REASON}, 1 of 2 steps not run", ["Finished", "Created"])
+
+
+def test_a_job_is_released_by_its_owner_only(begin):
+    run = begin(scenes.PLAIN, "A", acts=("hand 2", "hold 0"))
+    run.until("A", "end")
+    run.do("A", "stop")
+    run.do("A", "go")         # has claimed the second job with the end of the first
+    assert run.actors["A"].standing == "RELEASE_SQL"
+    run.until("hand 2")
+    run.until("hold 0")
+    run.do("A", "go")
+    assert run.scene.rows(run.stage.watch).jobs[2]["owner"] in run.actors["hold 0"].ids
+
+
+def test_a_connection_lost_in_a_step_is_not_its_fault(begin):
+    run = begin(workers="A", fine=True)
+    run.until("A", "INSERT INTO trace")
+    run.do("A", "cut")
+    run.until("A")
+    steps = run.scene.rows(run.stage.watch).steps
+    assert [(step["state"], step["attempts"]) for step in steps.values()] == [
+        ("Finished", 2), ("Finished", 1)]
+
+
+def test_a_claim_waits_for_nobody(begin):
+    """Somebody has claimed the first job and not committed: the next one is taken meanwhile."""
+    run = begin((Job(), Job()), "A", acts=("hold 0",))
+    run.until("hold 0", "COMMIT")
+    run.until("A")
+    assert run.actors["A"].is_done
+    assert the_job(run, 2)[0] == "Finished"
+
+
+@pytest.mark.parametrize(("age", "ended"), [("30 seconds", []), ("90 seconds", [1])])
+@pytest.mark.parametrize("standing", ["QUEUE_SQL", "end_step"], ids=["taking up", "step"])
+def test_who_hangs_is_ended_a_minute_past_the_limit(begin, standing, age, ended):
+    run = begin(workers="A")
+    run.until("A", standing)
+    run.actors["A"].may_be_ended = True
+    run.stage.watch.execute(scenes.AGE_SQL, {"id": 1, "age": f"1 hour {age}"})
+    third = Worker()
+    assert end_overrun(third) == ended
+    third.close()
+    run.until("A")
+
+
+def test_who_recovers_a_job_is_not_ended_for_it(begin):
+    """He holds the lock of the worker that hung and died, for a moment."""
+    run = begin(workers="A", acts=("recover 0", "overrun 0"))
+    run.until("A", "end_step")
+    run.stage.watch.execute(scenes.AGE_SQL, {"id": 1, "age": "2 hours"})
+    run.do("A", "die")
+    run.until("recover 0", "LOCK_STEP_SQL")
+    run.until("overrun 0")
+    run.until("recover 0")
+
+
+def test_who_recovers_a_job_is_not_ended_by_its_worker(begin):
+    """Which comes back and ends its own former sessions only."""
+    run = begin(workers="A", acts=("recover 0",))
+    run.until("A", "end_step")
+    run.do("A", "cut")
+    run.until("recover 0", "LOCK_STEP_SQL")
+    run.until("A")            # waits for its lock
+    assert run.actors["A"].standing == "LOCK_SQL"
+    run.until("recover 0")
+
+
+def test_jobs_that_are_due_are_created_by_one(conn, dsn):
+    """Who finds a schedule in somebody's hand passes it by, and no window comes twice."""
+    control.write_types(conn, ["Transactional"])
+    start = datetime.now(UTC) - timedelta(hours=3)
+    schedules.add_schedule(conn, "Transactional", {"steps": []}, every="1 hour",
+                           start=start.replace(microsecond=0))
+    with perfdb.connect(dsn) as one, perfdb.connect(dsn) as other:
+        other.execute("SET lock_timeout = '5s'")
+        with one.transaction():
+            assert len(schedules.create_due_jobs(one)) == 3
+            assert schedules.create_due_jobs(other) == []
+        assert schedules.create_due_jobs(other) == []
