@@ -1,8 +1,8 @@
 """Gates: sessions whose round trips wait for their turn, and the actors behind them.
 
 Actors are threads that run the project's own functions on a real PostgreSQL. Each round trip stops
-at a gate until whoever directs them (interleavings.py) lets it go. What touches nothing that others
-can see is let through.
+at a gate until whoever directs them (interleavings.py) lets it go. What touches nothing that
+others can see is let through.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ CLEAN_SQL = b"ROLLBACK; SELECT pg_advisory_unlock_all(); UNLISTEN *; RESET ALL"
 BLOCKING_SQL = """
 SELECT CASE WHEN NOT EXISTS (
                      SELECT FROM pg_locks
-                      WHERE pid = %s AND NOT granted AND locktype = 'advisory' AND objsubid = 2 AND %s)
+                      WHERE pid = %s AND %s AND NOT granted
+                        AND locktype = 'advisory' AND objsubid = 2)
             THEN pg_blocking_pids(%s) ELSE '{}' END
 """
 
@@ -116,7 +117,7 @@ class Session(psycopg.Connection):
 
 
 def trip_of(gen: Any) -> Trip | None:
-    """Return the round trip that a generator of psycopg makes, None if it matters to nobody else."""
+    """Return the round trip a generator of psycopg makes, None if it matters to nobody else."""
     kind, known = gen.__name__, gen.gi_frame.f_locals
     if kind == "_execute_gen":
         if name := name_of(known["query"]):
@@ -150,7 +151,7 @@ class Actor(threading.Thread):
         self.seen: list[Any] = []    # what it has been told since it last began anew
         self.ids: list[int] = []     # under which its workers were registered
         self.owned: set[int] = set()  # jobs it had at some moment of the transaction it is in
-        self.was_in_transaction = False  # when it made its last round trip
+        self.was_in_transaction = False  # at its last round trip, and after it
         self.recovers = False        # it stands in the code that puts jobs back
         self.calls = ""              # which function of life.py it is in
         self.is_blocked = self.is_dead = self.is_stopped = self.is_done = False
@@ -183,7 +184,8 @@ class Actor(threading.Thread):
         if self.is_dead:
             raise Died
         order = self.order
-        self.was_in_transaction = bool(session.pgconn.transaction_status)
+        self.was_in_transaction = bool(session.pgconn.transaction_status) and not any(
+            trip.name in ("COMMIT", "ROLLBACK") for trip in trips)
         try:
             yield
         except psycopg.Error as exc:
@@ -280,7 +282,7 @@ class Stage:
         self.watch.close()
 
     def _limit_waits(self, wait: str) -> None:
-        """Set how long a claim waits for the turn of a limited type, if it does not wait for ever."""
+        """Set how long a claim waits for the turn of a limited type, if not for ever."""
         config = self.watch.execute("SELECT proconfig FROM pg_proc "
                                     "WHERE proname = 'job_type_has_room'").fetchone()[0] or ()
         for setting in config:
@@ -330,12 +332,13 @@ class Stage:
         """Wait until sessions that have been told to end have let a worker's lock go."""
         until = time.monotonic() + 2
         while time.monotonic() < until and self.watch.execute(
-                "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 1 AND granted "
-                "AND classid::bigint << 32 | objid::bigint = %s", [worker_id]).fetchone():
+                "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 1 "
+                "AND granted AND classid::bigint << 32 | objid::bigint = %s",
+                [worker_id]).fetchone():
             pass
 
     def blocking(self, session: Session) -> set[int]:
-        """Return the server processes that the session's statement waits for, by the lock table."""
+        """Return the server processes a session's statement waits for, by the lock table."""
         return set(self.watch.execute(BLOCKING_SQL, [session.pid, bool(self.wait_limit),
                                                      session.pid]).fetchone()[0])
 

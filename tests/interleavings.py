@@ -1,9 +1,8 @@
 """Every order in which the statements of workers and operators can follow one another, tried.
 
-One state change is one statement in one transaction, so what several workers and operators can do
-to a job is a sequence of statements. Actors are threads that run the project's own functions on a
-real PostgreSQL; each round trip waits at a gate until `Run` lets it go, so exactly one is under way
-at a time. Who then waits for a lock is seen in the server's lock table (no sleeping for luck), and
+One state change is one statement in one transaction, so what several workers and operators can
+do to a job is a sequence of statements. Actors (gates.py) stop before each; `Run` lets one go at
+a time. Who then waits for a lock is seen in the server's lock table (no sleeping for luck), and
 others go on. A schedule is a list of choices (actor, what becomes of its next statement):
 
     go       it is carried out
@@ -15,25 +14,26 @@ others go on. A schedule is a list of choices (actor, what becomes of its next s
     expire   the lock it waits for is not had in time
 
 `explore` walks through all schedules of a scene, depth first, replaying a prefix from an empty
-database for each turning. A state is the rows, the locks and what each actor has seen since it last
-began anew; one that was seen is not explored again.
+database for each turning. A state is the rows, the locks and what each actor has seen since it
+last began anew; one that was seen is not explored again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import random
 import signal
 import socket
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import psycopg
 from gates import Actor, Session, Stage
 
 if TYPE_CHECKING:
-    from scenes import Scene
+    from scenes import Rows, Scene
 
 FAULTS = ("lose", "cut", "ghost", "die", "stop")
 # Whose answer may be lost without anybody noticing: as if the session had ended before.
@@ -128,7 +128,7 @@ class Run:
             pass
 
     def _settle(self, actor: Actor) -> bool:
-        """Wait until the actor stands at its next statement or has ended; False if it is blocked."""
+        """Wait until the actor stands at its next statement or has ended; False if blocked."""
         until = time.monotonic() + HANGING
         actor.is_blocked = False
         while not actor.arrived.acquire(timeout=PATIENCE):
@@ -137,7 +137,7 @@ class Run:
                 actor.is_blocked = True
                 return False
             if time.monotonic() > until:
-                raise AssertionError(f"{actor.name} hangs at {actor.standing}: {self.path} {self.problems}")
+                self._hangs(actor)
         return True
 
     def _cut(self, actor: Actor) -> None:
@@ -150,8 +150,12 @@ class Run:
     def _arrive(self, actor: Actor) -> None:
         """Wait for an actor whose statement ends now, whatever it waited for."""
         if not actor.arrived.acquire(timeout=HANGING):
-            raise AssertionError(f"{actor.name} hangs at {actor.standing}: {self.path} {self.problems}")
+            self._hangs(actor)
         actor.is_blocked = False
+
+    def _hangs(self, actor: Actor) -> NoReturn:
+        raise AssertionError(f"{actor.name} hangs at {actor.standing} after {self.path}; "
+                             f"until then wrong: {self.problems}")
 
     def _ghost(self, actor: Actor) -> None:
         """Leave the server with a connection that nobody is at the other end of."""
@@ -197,7 +201,7 @@ class Run:
     def key(self, rows: str) -> bytes:
         """Return what tells this state from all others."""
         standing = [(actor.name, actor.is_done, actor.is_blocked, actor.is_stopped, actor.standing,
-                     actor.seen) for actor in self.actors.values()]
+                     actor.seen, sorted(actor.owned)) for actor in self.actors.values()]
         return hashlib.blake2b(repr((rows, standing, self.faults, len(self.ghosts))).encode(),
                                digest_size=16).digest()
 
@@ -220,23 +224,31 @@ class Explored:
     schedules: int = 0
     problems: list[str] = field(default_factory=list)
     path: list[str] = field(default_factory=list)
+    is_complete: bool = False
 
     def __str__(self) -> str:
         return (f"{self.states} states, {self.transitions} transitions, "
                 f"{self.schedules} schedules")
 
 
-def explore(stage: Stage, scene: Scene, until: float = float("inf")) -> Explored:
-    """Try every schedule of a scene, or until that moment of time.monotonic(); stop at a problem."""
+def explore(stage: Stage, scene: Scene, until: float = float("inf"),
+            chance: random.Random | None = None) -> Explored:
+    """Try every schedule of a scene; stop at a problem.
+
+    Or as many as can be tried until that moment of time.monotonic(), chosen by `chance`.
+    """
     explored, seen = Explored(), set()
     turnings: list[Any] = [([], {})]
     while turnings and not explored.problems and time.monotonic() < until:
         explored.schedules += 1
+        if chance:
+            n = chance.randrange(len(turnings))
+            turnings[n], turnings[-1] = turnings[-1], turnings[n]
         with Run(stage, scene) as run:
             _follow(run, *turnings.pop(), turnings, seen, explored)
             explored.problems += run.problems
             explored.path = run.path
-    explored.states = len(seen)
+    explored.states, explored.is_complete = len(seen), not turnings
     return explored
 
 

@@ -1,22 +1,39 @@
-"""The scenes that are tried in every order, and what must hold after each statement."""
+"""The scenes that are tried in every order, and what must hold after each statement.
+
+    python tests/scenes.py [SECONDS]
+
+tries the large ones, on a PostgreSQL of its own: two workers that may both be hit, twice, with
+operators about. Where there are more orders than can be tried in so many SECONDS (default 15 for
+each scene), turnings are taken at random. Ends with status 1 if anything went wrong.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import random
+import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-import psycopg
-from gates import Actor, Directed
-from interleavings import Doer, Run
-from sample_jobs import Transactional
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import claims
-import control
-import perfdb
-from worker import MAX_DEATHS, Worker, end_overrun
-from worker import recover as worker_recover
+import psycopg  # noqa: E402
+from embedded_pg import Server  # noqa: E402
+from gates import Actor, Directed, Stage  # noqa: E402
+from interleavings import Doer, Run, explore  # noqa: E402
+from sample_jobs import Transactional  # noqa: E402
+
+import claims  # noqa: E402
+import control  # noqa: E402
+import perfdb  # noqa: E402
+import tables  # noqa: E402
+from worker import MAX_DEATHS, Worker, end_overrun  # noqa: E402
+from worker import recover as worker_recover  # noqa: E402
 
 REASON = "Cancelled: wind"
 
@@ -70,7 +87,8 @@ SELECT json_build_object(
                 'id', j.id, 'state', j.state, 'attempts', j.attempts, 'owner', j.worker_id,
                 'cancelled', j.cancel_requested IS NOT NULL, 'comment', j.comment,
                 'begun', j.started IS NOT NULL,
-                'old', j.last_state_change < now() - interval '1 hour', 'type', t.name, 'most', t.max_running,
+                'old', j.last_state_change < now() - interval '1 hour',
+                'type', t.name, 'most', t.max_running,
                 'max_attempts', t.max_attempts, 'key', j.unique_key) ORDER BY j.id)
                FROM job_instances j JOIN job_types t ON t.id = j.job_type_id),
     'steps', COALESCE((SELECT json_agg(json_build_object(
@@ -283,11 +301,9 @@ def is_orphan(job: dict[str, Any], rows: Rows, doer: Doer) -> bool:
 def note_ownership(before: Rows, doer: Doer) -> None:
     """Remember what was ours when a transaction wrote: its COMMIT may come later."""
     actor = doer.actor
-    if actor.session is None or actor.session.pgconn.transaction_status == 0:
-        actor.owned = set()
-    elif actor.was_in_transaction:
-        actor.owned = actor.owned | {job_id for job_id, job in before.jobs.items()
-                                     if job["owner"] in doer.mine}
+    actor.owned = (actor.owned | {job_id for job_id, job in before.jobs.items()
+                                  if job["owner"] in doer.mine}
+                   if actor.was_in_transaction else set())
 
 
 def forgotten(rows: Rows, actor: Actor) -> list[str]:
@@ -350,28 +366,80 @@ TWO = (Job(("ok",)), Job(("ok",), priority=1))
 LIMITED = {"Transactional": (1, 1), "Another": (1, 1)}
 TWICE = {"Transactional": (2, None), "Plain": (2, None)}
 
+STOPPED = {"faults": ("stop",), "faults_left": 1}
 PLAIN = (Job(("ok",), "Plain"), Job(("ok",), "Plain"))
 
 #: for every run of the tests: one fault or two operators at every point, and who recovers
 SMALL = (
     Scene("two workers, two steps"),
-    Scene("stopped", faults=("stop",), faults_left=1),
+    Scene("stopped", **STOPPED),
     Scene("dead", faults=("die",), faults_left=1),
-    Scene("cut off", ONE, "A", faults=("cut", "lose"), faults_left=1, acts=("recover 0",)),
-    Scene("cut off, unnoticed", ONE, "A", faults=("ghost",), faults_left=1, acts=("recover 0",)),
+    Scene("cut off", ONE, "A", faults=("cut",), faults_left=1, acts=("recover 0",)),
+    Scene("cut off before the answer", workers="A", faults=("lose",), faults_left=1),
+    Scene("cut off, unnoticed", workers="A", faults=("ghost",), faults_left=1),
     Scene("cancelled", FAILING, "A", acts=("cancel 1",), limits=TWICE),
-    Scene("cancelled and stopped", workers="A", faults=("stop",), faults_left=1, acts=("cancel 1",)),
-    Scene("tried again", FAILING, "A", acts=("retry 1", "again 1")),
-    Scene("taken away by hand", workers="A", acts=("hand 1", "recover 0")),
+    Scene("cancelled and stopped", workers="A", acts=("cancel 1",), **STOPPED),
+    Scene("tried again", FAILING, "A", acts=("retry 1",)),
+    Scene("taken away by hand", ONE, "A", acts=("hand 1", "recover 0")),
+    Scene("taken away between steps", workers="A", acts=("hand 1",)),
     Scene("taken away and cancelled", ONE, "A", acts=("hand 1", "cancel 1")),
-    Scene("taken away and stopped", workers="A", faults=("stop",), faults_left=1, acts=("hand 1",)),
-    Scene("taken away before another try", (Job(("error",)),), "A", acts=("hand 1",), limits=TWICE),
+    Scene("taken away and stopped", workers="A", acts=("hand 1",), **STOPPED),
+    Scene("taken away before another try", (Job(("error",)),), "A", acts=("hand 1",),
+          limits=TWICE),
     Scene("taken away with another to come", PLAIN, "A", acts=("hand 1",)),
-    Scene("stopped and cancelled", PLAIN, "A", faults=("stop",), faults_left=1, acts=("cancel 2",)),
     Scene("refused", (Job(("ok", 1)),), "A", acts=("hand 1", "cancel 1")),
-    Scene("resumed", (Job(queued=True),), "A", acts=("hand 1", "cancel 1")),
+    Scene("resumed", (Job(("ok",), queued=True),), "A", acts=("hand 1", "cancel 1")),
     Scene("two types of one each", (Job(("ok",)), Job(("ok",), "Another")), limits=LIMITED),
     Scene("one of two at once", TWO, limits=LIMITED),
     Scene("taken away of a limited type", TWO, "A", acts=("hand 2", "hold 0"), limits=LIMITED),
     Scene("a claim that hangs", TWO, "A", acts=("hold 0",), limits=LIMITED),
 )
+
+MANY = ("lose", "cut", "ghost", "die", "stop")
+HIT = {"faulty": "AB", "faults": MANY}
+
+#: for make chaos: what the small ones have, together
+LARGE = (
+    Scene("two workers, hit once", **HIT, faults_left=1),
+    Scene("two workers, hit twice", **HIT, faults_left=2),
+    Scene("hit between any two statements", **HIT, faults_left=1, fine=True),
+    Scene("outside a transaction", (Job(("ok", "error", "ok"), "Plain"),), **HIT, faults_left=1,
+          limits=TWICE),
+    Scene("tried again and cancelled", FAILING, **HIT, faults_left=1, limits=TWICE,
+          acts=("cancel 1", "retry 1")),
+    Scene("taken away and cancelled, hit once", **HIT, faults_left=1, acts=("hand 1", "cancel 1")),
+    Scene("a key asked for again", (Job(("error",), key="k"), Job(("ok",), "Plain")), **HIT,
+          faults_left=1, acts=("cancel 1", "again 1")),
+    Scene("two of a limited type", TWO, **HIT, faults_left=1, limits=LIMITED,
+          acts=("hand 1", "hand 2")),
+    Scene("two limited types", (*TWO, Job(type_name="Another")), **HIT, faults_left=1,
+          limits=LIMITED, acts=("cancel 2", "recover 0")),
+    Scene("hangs", ONE, "A", faults=("die", "cut"), faults_left=1,
+          acts=("age 1", "overrun 1", "recover 0")),
+)
+
+
+def main() -> int:
+    seconds = float(sys.argv[1]) if sys.argv[1:] else 15.0
+    rows, problems = [], []
+    with Server({"fsync": "off"}) as server:
+        os.environ["PERFDB_DSN"] = server.dsn()
+        with psycopg.connect(server.dsn(), autocommit=True) as connection:
+            connection.execute((ROOT / "schema.sql").read_text())
+        for scene in (*SMALL, *LARGE):
+            with Stage(server.dsn()) as stage:
+                scene.prepare(stage.watch)
+                explored = explore(stage, scene, time.monotonic() + seconds, random.Random(0))
+            rows.append([scene.name, explored.states, explored.transitions, explored.schedules,
+                         "all" if explored.is_complete else "some", len(explored.problems)])
+            if explored.problems:
+                problems += [f"{scene.name}: {explored.problems}, after", *explored.path]
+            print(f"  {scene.name}: {explored}", file=sys.stderr, flush=True)
+    print(tables.table(
+        ["scene", "states", "transitions", "schedules", "orders", "problems"], rows))
+    print("\n  ".join(problems))
+    return int(bool(problems))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -105,14 +105,15 @@ def test_a_connection_lost_at_a_rollback_ends_nobody(begin, fault):
 
 def test_a_job_taken_away_before_it_is_queued_stays_free(begin):
     """Or two of a type that may have one would run."""
-    run = begin((Job(), Job(priority=1)), acts=("hand 2",), limits=LIMITED)
+    run = begin((Job(), Job()), acts=("hand 1",), limits=LIMITED)
     run.until("A", "QUEUE_SQL")
-    run.until("hand 2")
+    run.until("hand 1")
+    run.stage.watch.execute("UPDATE job_instances SET priority = 1 WHERE id = 2")
     run.until("B", "QUEUE_SQL")
     run.do("B", "go")
     run.do("A", "go")
     assert scenes.too_many(run.scene.rows(run.stage.watch)) == []
-    assert the_job(run, 1)[0] == "Created"
+    assert [the_job(run, job_id)[0] for job_id in (1, 2)] == ["Created", "Running"]
 
 
 def test_a_worker_ends_every_former_session_of_its_own(begin):
@@ -126,6 +127,14 @@ def test_a_worker_ends_every_former_session_of_its_own(begin):
     assert run.actors["A"].is_done  # and does not wait for its own ghost
     assert the_job(run)[0] == "Finished"
     assert len(run.actors["A"].ids) == 1
+
+
+def test_a_cancelled_job_begins_no_further_step(begin):
+    run = begin(workers="A", acts=("cancel 1",))
+    run.until("A", "end_step")
+    run.until("cancel 1")
+    run.until("A")
+    assert the_job(run) == ("Failed", f"{REASON}, 1 of 2 steps not run", ["Finished", "Created"])
 
 
 @pytest.mark.parametrize("attempts", [1, 2])
@@ -185,6 +194,16 @@ def test_a_job_is_released_by_its_owner_only(begin):
     run.until("hold 0")
     run.do("A", "go")
     assert run.scene.rows(run.stage.watch).jobs[2]["owner"] in run.actors["hold 0"].ids
+
+
+def test_a_cancelled_job_is_released_as_Failed(begin):
+    run = begin(scenes.PLAIN, "A", acts=("cancel 2",))
+    run.until("A", "end")
+    run.do("A", "stop")
+    run.do("A", "go")
+    run.until("cancel 2")
+    run.until("A")
+    assert the_job(run, 2) == ("Failed", f"{REASON}, 0 of 0 steps not run", [])
 
 
 def test_a_connection_lost_in_a_step_is_not_its_fault(begin):
