@@ -55,6 +55,11 @@ demo-bazefield: $(STAMP) ## Run both Bazefield jobs against a stand-in server
 .PHONY: chaos
 chaos: $(STAMP) ## Kill, stop and cut off workers for two minutes; print what was lost
 	@$(PYTHON) tests/chaos.py
+	@$(PYTHON) tests/scenes.py
+
+.PHONY: mutants
+mutants: $(STAMP) ## Leave out one clause after the other; see the tests notice each
+	@$(PYTHON) tests/mutants.py
 
 .PHONY: bench
 bench: $(BENCH) ## Measure beside the alternatives (P="steps alarms" to pick parts)
