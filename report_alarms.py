@@ -32,7 +32,7 @@ from tables import duration, elapsed
 
 MOST = {"objects": 200, "periods": 50_000, "lanes": 60, "bars": 900, "alarms": 30}
 HEAT_CELLS = 1000  # at some 80 bytes
-COLUMNS = 31       # of the heat map
+COLUMNS = 32       # of the heat map: a month, also one that begins at 23:00
 SIGNAL_DAYS = 7    # a longer window shows its signal around the longest period
 POINTS = 700       # of the signal
 
@@ -178,7 +178,7 @@ def day_marks(scope: Scope) -> str:
     ends = [*days[1:], scope.end]
     widths = " ".join(f"minmax(0,{elapsed(max(day, scope.start), end).total_seconds():.0f}fr)"
                       for day, end in zip(days, ends, strict=True))
-    return (f'<div style="display:grid;grid-template-columns:{widths}" class="dim">'
+    return (f'<div class="days dim" style="grid-template-columns:{widths}">'
             + "".join(f'<span>{day:%d}<span class="wide"> {day:%b}</span></span>'
                       for day in days) + "</div>")
 

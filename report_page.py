@@ -73,6 +73,7 @@ svg { display: block; width: 100%; background: var(--soft) } .mark { fill: var(-
 .failed { fill: var(--bad) } .track { fill: var(--line) } .done { fill: var(--h4) }
 .shade { fill: var(--h2); opacity: .55 }
 .other { fill: none; stroke: var(--dim); stroke-dasharray: 2 3; vector-effect: non-scaling-stroke }
+.days { display: grid } .days > * { overflow: hidden; white-space: nowrap }
 .scale { align-self: stretch; display: flex; flex-direction: column;
   justify-content: space-between } .axis { stroke: var(--line); stroke-width: 1 }
 .signal { fill: none; stroke: var(--ink); stroke-width: 1.2 }
