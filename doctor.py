@@ -86,10 +86,11 @@ WITH failed AS MATERIALIZED (
              LIMIT 100) s ON true
       LEFT JOIN objects o ON o.id = s.object_id
 )
-SELECT t.name AS job_type, r.comment, count(DISTINCT r.id) AS jobs,
+SELECT t.name AS job_type, r.comment, pg_catalog.count(DISTINCT r.id) AS jobs,
        min(r.finished) AS first, max(r.finished) AS last,
-       (array_agg(DISTINCT r.id))[1:20] AS ids,
-       COALESCE(array_agg(DISTINCT r.object) FILTER (WHERE r.object IS NOT NULL), '{}') AS objects
+       (pg_catalog.array_agg(DISTINCT r.id))[1:20] AS ids,
+       COALESCE(pg_catalog.array_agg(DISTINCT r.object) FILTER (WHERE r.object IS NOT NULL),
+                '{}') AS objects
   FROM reason r
   JOIN job_types t ON t.id = r.job_type_id
  GROUP BY 1, 2
@@ -210,7 +211,7 @@ SELECT s.id, s.description, t.name, j.ids
   FROM job_schedules s
   JOIN job_types t ON t.id = s.job_type_id
  CROSS JOIN LATERAL (
-        SELECT array_agg(id ORDER BY id) AS ids
+        SELECT pg_catalog.array_agg(id ORDER BY id) AS ids
           FROM (SELECT id, state,
                        bool_and(state = 'Failed')
                            OVER (ORDER BY window_start DESC, id DESC) AS in_a_row

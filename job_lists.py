@@ -228,7 +228,7 @@ def why_stuck(job: dict[str, Any]) -> str:
 LOG_SQL = """
 SELECT at, what
   FROM (SELECT created AS at, 1 AS n, 'asked for' || CASE
-                   WHEN schedule_id IS NOT NULL THEN ' by schedule ' || schedule_id
+                   WHEN schedule_id IS NOT NULL THEN ' by schedule ' || schedule_id::text
                    ELSE '' END AS what
           FROM job_instances WHERE id = %(id)s
          UNION ALL
@@ -236,7 +236,7 @@ SELECT at, what
           FROM job_instances WHERE id = %(id)s AND run_after > created
          UNION ALL
         SELECT started, 3, 'begun' || CASE
-                   WHEN attempts > 1 THEN ', attempt ' || attempts ELSE '' END
+                   WHEN attempts > 1 THEN ', attempt ' || attempts::text ELSE '' END
           FROM job_instances WHERE id = %(id)s AND started IS NOT NULL
          UNION ALL
         SELECT cancel_requested, 5, 'asked to stop before its next step'
@@ -249,9 +249,9 @@ SELECT at, what
           FROM job_instances WHERE id = %(id)s AND finished IS NULL AND state <> 'Created'
          UNION ALL
         (SELECT COALESCE(finished, started), 4,
-                'step ' || position || ' ' || name || ': ' || state
-                || CASE WHEN attempts > 1 THEN ', begun ' || attempts || ' times' ELSE '' END
-                || COALESCE(' after ' || round(extract(epoch FROM finished - started), 3)
+                'step ' || position::text || ' ' || name || ': ' || state
+                || CASE WHEN attempts > 1 THEN ', begun ' || attempts::text || ' times' ELSE '' END
+                || COALESCE(' after ' || round(extract(epoch FROM finished - started), 3)::text
                             || ' s', '')
                 || COALESCE(': ' || comment, '')
            FROM job_steps

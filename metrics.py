@@ -43,7 +43,7 @@ SELECT t.name AS job_type, w.waiting, w.oldest_waiting, r.running, e.ended, e.fa
 """
 
 STEPS_SQL = """
-SELECT t.name AS job_type, count(s.id) AS steps,
+SELECT t.name AS job_type, pg_catalog.count(s.id) AS steps,
        COALESCE(extract(epoch FROM sum(s.finished - s.started)), 0)::float8 AS seconds
   FROM job_types t
   LEFT JOIN job_instances j ON j.job_type_id = t.id AND j.finished > now() - %(since)s::interval

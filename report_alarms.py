@@ -60,8 +60,8 @@ class Scope:
 
 OBJECTS_SQL = """
 SELECT count(*) AS objects,
-       (SELECT array_agg(n ORDER BY n)
-          FROM unnest(%(names)s::text[]) AS n
+       (SELECT pg_catalog.array_agg(n ORDER BY n)
+          FROM pg_catalog.unnest(%(names)s::text[]) AS n
          WHERE n NOT IN (SELECT name FROM objects)) AS unknown
   FROM objects
 """
@@ -111,12 +111,12 @@ TIMELINE_SQL = PERIODS + """
      ORDER BY total DESC, object_id, alarm_id
      LIMIT %(lanes)s
 ), gap AS (
-    SELECT p.*, start_time - lag(end_time) OVER (
+    SELECT p.*, start_time - pg_catalog.lag(end_time) OVER (
                PARTITION BY object_id, alarm_id ORDER BY start_time) AS gap
       FROM period p
       JOIN lane USING (object_id, alarm_id)
 ), cut AS (
-    SELECT g.*, COALESCE(gap > %(unit)s * interval '1 second', true)
+    SELECT g.*, COALESCE(gap > %(unit)s::float8 * interval '1 second', true)
                 AND row_number() OVER (ORDER BY gap DESC NULLS FIRST) <= %(bars)s AS is_new
       FROM gap g
 ), bar AS (
@@ -189,9 +189,10 @@ def day_lines(scope: Scope, height: int = 14) -> list[str]:
 
 
 PARETO_SQL = PERIODS + """
-SELECT number, max(alarm) AS alarm, count(*) AS periods, count(DISTINCT object_id) AS objects,
-       extract(epoch FROM sum(end_time - start_time))::float8 / 3600 AS hours,
-       extract(epoch FROM max(end_time - start_time))::float8 / 3600 AS longest
+SELECT number, max(alarm) AS alarm, count(*) AS periods,
+       pg_catalog.count(DISTINCT object_id) AS objects,
+       extract(epoch FROM sum(end_time - start_time))::float8 / 3600::float8 AS hours,
+       extract(epoch FROM max(end_time - start_time))::float8 / 3600::float8 AS longest
   FROM period
  GROUP BY number
  ORDER BY hours DESC, number
@@ -223,20 +224,23 @@ def share_bar(row: dict[str, Any], largest: float) -> str:
 # Hours in which at least one alarm stood: alarms that stand together count once.
 HEAT_SQL = PERIODS + """
 , stretch AS (
-    SELECT n, tstzrange(s, lead(s, 1, %(end)s) OVER (ORDER BY s)) AS span
-      FROM unnest(%(days)s::timestamptz[]) WITH ORDINALITY AS d(s, n)
+    SELECT n, tstzrange(s, pg_catalog.lead(s, 1, %(end)s) OVER (ORDER BY s)) AS span
+      FROM pg_catalog.unnest(%(days)s::timestamptz[]) WITH ORDINALITY AS d(s, n)
 ), stood AS (
-    SELECT object_id, object, range_agg(tstzrange(start_time, end_time)) AS periods
+    SELECT object_id, object, pg_catalog.range_agg(tstzrange(start_time, end_time)) AS periods
       FROM period
      GROUP BY 1, 2
      ORDER BY sum(end_time - start_time) DESC, object
      LIMIT %(lines)s
 )
 SELECT s.object, d.n,
-       (SELECT COALESCE(extract(epoch FROM sum(upper(p) - lower(p)))::float8, 0) / 3600
-          FROM unnest(s.periods * tstzmultirange(d.span)) AS p) AS hours,
-       extract(epoch FROM LEAST(upper(d.span), %(end)s)
-                          - GREATEST(lower(d.span), %(start)s))::float8 / 3600 AS length
+       (SELECT COALESCE(extract(epoch FROM sum(pg_catalog.upper(p) - pg_catalog.lower(p)))::float8,
+                        0) / 3600::float8
+          FROM pg_catalog.unnest(s.periods OPERATOR(pg_catalog.*)
+                                 pg_catalog.tstzmultirange(d.span)) AS p) AS hours,
+       extract(epoch FROM LEAST(pg_catalog.upper(d.span), %(end)s)
+                          - GREATEST(pg_catalog.lower(d.span), %(start)s))::float8
+       / 3600::float8 AS length
   FROM stood s
  CROSS JOIN stretch d
  ORDER BY s.object, d.n
@@ -280,7 +284,7 @@ SELECT p.*, p.alarm_id = w.alarm_id AS is_own, a.trigger, a.non_overlapping_alar
   JOIN period p ON p.object_id = w.object_id
                AND (p.alarm_id = w.alarm_id OR p.number = ANY(a.non_overlapping_alarms))
   LEFT JOIN features f ON f.object_model_id = a.object_model_id
-                      AND f.name = a.trigger->>'feature_name'
+                      AND f.name = a.trigger->>'feature_name'::text
  ORDER BY is_own DESC, p.end_time - p.start_time DESC, p.start_time
  LIMIT 2000
 """  # noqa: S608, constants only
@@ -289,13 +293,14 @@ SELECT p.*, p.alarm_id = w.alarm_id AS is_own, a.trigger, a.non_overlapping_alar
 SIGNAL_SQL = """
 SELECT slice, min(start_time) AS start_time, max(timestamp) AS end_time,
        min(value) AS low, max(value) AS high, count(*) AS samples
-  FROM (SELECT timestamp, value, timestamp - %(interval)s AS start_time,
-               floor(extract(epoch FROM timestamp - %(start)s) / %(slice)s) AS slice
+  FROM (SELECT timestamp, value, timestamp - %(interval)s::interval AS start_time,
+               floor(extract(epoch FROM timestamp - %(start)s::timestamptz)
+                     / %(slice)s::numeric) AS slice
           FROM feature_values
          WHERE object_id = %(object_id)s
            AND feature_id = %(feature_id)s
            AND timestamp > %(start)s
-           AND timestamp < %(end)s + %(interval)s
+           AND timestamp < %(end)s::timestamptz + %(interval)s::interval
            AND value < 'Infinity'
            AND value > '-Infinity') AS v
  GROUP BY slice

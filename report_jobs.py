@@ -84,7 +84,8 @@ SCHEDULES_SQL = """
 WITH schedule AS (
     SELECT s.*, t.name AS job_type,
            floor(extract(epoch FROM now() - s.first_start)
-                 / extract(epoch FROM s.first_start + s.every * 100::float8 - s.first_start) * 100)
+                 / extract(epoch FROM s.first_start + s.every * 100::float8 - s.first_start)
+                 * 100.0)
                ::bigint AS latest
       FROM job_schedules s
       JOIN job_types t ON t.id = s.job_type_id
@@ -99,7 +100,8 @@ SELECT s.id, s.job_type, s.description, s.enabled, s.every::text AS every, s.nex
   LEFT JOIN LATERAL (
         SELECT s.first_start + n::float8 * s.every AS start_time,
                s.first_start + (n + 1)::float8 * s.every AS end_time
-          FROM generate_series(GREATEST(0, s.latest - %(windows)s - 2), s.latest + 1) AS n
+          FROM pg_catalog.generate_series(GREATEST(0, s.latest - %(windows)s - 2),
+                                          s.latest + 1) AS n
          WHERE s.first_start + (n + 1)::float8 * s.every <= now()
          ORDER BY n DESC
          LIMIT %(windows)s) w ON true
@@ -211,7 +213,8 @@ WITH signal AS MATERIALIZED (
                      CROSS JOIN LATERAL (
                             SELECT EXISTS (SELECT FROM alarms a
                                             WHERE a.object_model_id = f.object_model_id
-                                              AND a.trigger->>'feature_name' = f.name)) u(is_used)
+                                              AND a.trigger->>'feature_name'::text = f.name)
+                            ) u(is_used)
                      WHERE f.object_model_id = o.object_model_id) f
              WHERE f.is_used OR NOT f.any_used
              ORDER BY f.id
@@ -231,7 +234,8 @@ WITH signal AS MATERIALIZED (
     SELECT d AS start_time, d + interval '1 day' AS end_time,
            LEAST(d + interval '1 day', now()) AS due
       FROM last_day,
-           generate_series(day - (%(days)s - 1)::float8 * interval '1 day', day, '1 day') AS d
+           pg_catalog.generate_series(day - (%(days)s - 1)::float8 * interval '1 day', day,
+                                      interval '1 day') AS d
 )
 SELECT s.name, s.feature, d.start_time AS day, c.samples,
        GREATEST(1, floor(extract(epoch FROM d.due - d.start_time)
@@ -375,13 +379,14 @@ WITH waiting AS (
        AND finished > now() - interval '1 day'
 ), ended AS (
     SELECT job_type_id, count(*) AS ended, count(*) FILTER (WHERE state = 'Failed') AS failed,
-           percentile_cont(0.5) WITHIN GROUP (ORDER BY took) AS median,
-           percentile_cont(0.95) WITHIN GROUP (ORDER BY took) AS p95
+           pg_catalog.percentile_cont(0.5) WITHIN GROUP (ORDER BY took) AS median,
+           pg_catalog.percentile_cont(0.95) WITHIN GROUP (ORDER BY took) AS p95
       FROM recent
      GROUP BY 1
 ), hour AS (
-    SELECT job_type_id, jsonb_object_agg(ago, jsonb_build_array(ended, failed)) AS hours
-      FROM (SELECT job_type_id, floor(extract(epoch FROM now() - finished) / 3600)::int AS ago,
+    SELECT job_type_id,
+           pg_catalog.jsonb_object_agg(ago, pg_catalog.jsonb_build_array(ended, failed)) AS hours
+      FROM (SELECT job_type_id, floor(extract(epoch FROM now() - finished) / 3600.0)::int AS ago,
                    count(*) AS ended, count(*) FILTER (WHERE state = 'Failed') AS failed
               FROM recent
              GROUP BY 1, 2) AS h
@@ -435,8 +440,8 @@ DATABASE_SQL = """
 SELECT name, GREATEST(c.reltuples, s.n_live_tup, 0)::bigint AS rows, s.n_dead_tup AS dead,
        pg_size_pretty(pg_total_relation_size(c.oid::regclass)) AS size,
        GREATEST(s.last_autovacuum, s.last_vacuum) AS vacuumed
-  FROM unnest(%(tables)s::text[]) WITH ORDINALITY AS t(name, n)
-  JOIN pg_class c ON c.oid = to_regclass(name)
+  FROM pg_catalog.unnest(%(tables)s::text[]) WITH ORDINALITY AS t(name, n)
+  JOIN pg_class c ON c.oid = to_regclass(name)::oid
   LEFT JOIN pg_stat_all_tables s ON s.relid = c.oid
  ORDER BY t.n
 """

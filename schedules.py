@@ -206,8 +206,8 @@ WITH RECURSIVE schedule AS (
        AND p.n <= %(most)s
 ), job AS (
     SELECT COALESCE(to_char(window_start, {TIME_FORMAT}), parameters ->> 'start'::text) AS start,
-           string_agg(id || ' ' || state, ', ' ORDER BY id) AS jobs,
-           array_agg(state) AS states
+           string_agg(id::text || ' ' || state, ', ' ORDER BY id) AS jobs,
+           pg_catalog.array_agg(state) AS states
       FROM job_instances
      WHERE schedule_id = %(id)s
        AND (window_start IS NULL OR window_start >= %(from)s AND window_start < %(to)s)

@@ -16,6 +16,7 @@ import psycopg
 import pytest
 
 import doctor_schema
+import samples_store
 
 ROOT = Path(__file__).parents[1]
 STATEMENT = re.compile(r"\s*(WITH|SELECT|INSERT|UPDATE|DELETE)\b")
@@ -89,8 +90,8 @@ def statements():
     found = {}
     for path in sorted(ROOT.glob("*.py")):
         for name, value in vars(importlib.import_module(path.stem)).items():
-            for text in value.values() if isinstance(value, dict) and name.isupper() else [value]:
-                if isinstance(text, str) and STATEMENT.match(text):
+            for text in value.values() if isinstance(value, dict) else [value]:
+                if name.endswith("_SQL") and isinstance(text, str) and STATEMENT.match(text):
                     found.setdefault(text, f"{path.stem}.{name}")
     return found
 
@@ -102,6 +103,7 @@ def conn(server, template):
     names = set(re.findall(r"\b([a-z_0-9]+)\(", everything))
     with psycopg.connect(server.dsn(template)) as conn:
         psycopg.ClientCursor(conn).execute(MAKE_SQL, {"names": sorted(names)})
+        conn.execute(samples_store.STAGING_SQL)  # a table that is there for a while only
         yield conn
         conn.rollback()
 
