@@ -16,6 +16,7 @@ import psycopg
 import pytest
 
 import doctor_schema
+import samples_store
 
 ROOT = Path(__file__).parents[1]
 STATEMENT = re.compile(r"\s*(WITH|SELECT|INSERT|UPDATE|DELETE)\b")
@@ -101,6 +102,7 @@ def conn(server, template):
     everything = " ".join([doctor_schema.SCHEMA.read_text(), *statements()])
     names = set(re.findall(r"\b([a-z_0-9]+)\(", everything))
     with psycopg.connect(server.dsn(template)) as conn:
+        conn.execute(samples_store.STAGING_SQL)  # one statement reads it
         psycopg.ClientCursor(conn).execute(MAKE_SQL, {"names": sorted(names)})
         yield conn
         conn.rollback()
