@@ -102,6 +102,7 @@ def conn(server, template):
     everything = " ".join([doctor_schema.SCHEMA.read_text(), *statements()])
     names = set(re.findall(r"\b([a-z_0-9]+)\(", everything))
     with psycopg.connect(server.dsn(template)) as conn:
+        conn.execute(samples_store.STAGING_SQL)  # one statement reads it
         psycopg.ClientCursor(conn).execute(MAKE_SQL, {"names": sorted(names)})
         conn.execute(samples_store.STAGING_SQL)  # a table that is there for a while only
         yield conn
