@@ -413,9 +413,11 @@ def load_modules(names: Sequence[str] = ()) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    logging.basicConfig(
-        level=[logging.WARNING, logging.INFO, logging.DEBUG][min(args.verbose, 2)],
-        format="%(asctime)s %(levelname)s pid=%(process)d %(message)s")
+    stream = logging.StreamHandler()
+    stream.setFormatter(perfdb.LogFormatter(
+        "%(asctime)s %(levelname)s pid=%(process)d %(message)s"))
+    logging.basicConfig(handlers=[stream],
+                        level=[logging.WARNING, logging.INFO, logging.DEBUG][min(args.verbose, 2)])
     limit = None
     if args.limit:
         import multiprocessing

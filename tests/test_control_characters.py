@@ -3,7 +3,9 @@
 import re
 
 import pytest
+import sample_jobs  # noqa: F401  registers its types
 
+import control
 import jobctl
 
 EVIL = "x\x1b[2J\x07\x9b31m\x7f\u202ey"
@@ -35,3 +37,11 @@ def test_no_output_holds_a_control_character(evil_rows, capsys, command):
     shown = capsys.readouterr()
     assert not MOVES.search(shown.out + shown.err)
     assert re.search(r"x(\\x1b|\\u001b)\[2J", shown.out)
+
+
+def test_the_handlers_log_shows_them_as_text(conn, run_handler):
+    control.write_types(conn, ["Scripted"])
+    control.create_job(conn, "Scripted", {"steps": ["ok"], "refuse": "wind \x1b[31m too \x9b low"})
+    said = run_handler("--once", "--module", "sample_jobs", expect=1).stderr
+    assert r"wind \x1b[31m too \x9b low" in said
+    assert "\x1b" not in said
