@@ -53,9 +53,10 @@ demo-bazefield: $(STAMP) ## Run both Bazefield jobs against a stand-in server
 	@$(PYTHON) examples/demo_bazefield.py
 
 .PHONY: chaos
-chaos: $(STAMP) ## Kill, stop and cut off workers for two minutes; print what was lost
+chaos: $(STAMP) ## Kill and cut off workers, count what was lost; thousands of random alarms
 	@$(PYTHON) tests/chaos.py
 	@$(PYTHON) tests/scenes.py
+	@$(PYTHON) tests/alarm_chaos.py
 
 .PHONY: mutants
 mutants: $(STAMP) ## Leave out one clause after the other; see the tests notice each

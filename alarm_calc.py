@@ -1,24 +1,31 @@
 """Alarm Calculation: when did which alarm stand on which object?
 
 parameters: {"object_names": ["LAN-01"], "alarm_ids": [111, 112], "start": "2026-03-01 00:00:00",
-             "end": "2026-04-01 00:00:00"}; alarm_ids are the manufacturer's numbers
+             "end": "2026-04-01 00:00:00", "no_samples": "fail"}; alarm_ids are the manufacturer's
+             numbers; no_samples says what a window without any sample does to periods that are
+             known there: "fail" (nothing, the step fails) or "clear" (they go)
 steps:      one per object and alarm, the more important alarms of an object first
-result:     {"periods": 3, "seconds": 5400}: periods that lie in the window or reach into it, their
-            time inside the window
+result:     {"periods": 3, "seconds": 5400, "samples": 144, "coverage": 1.0}: periods that lie in
+            the window or reach into it, their time inside, the samples with a value that count
+            there, and the share of the window that these stand for
 
-The sample at T stands for (T - sample_interval, T]; the window is [start, end). Time is continuous
-here, so which end of a range is closed does not matter; all ranges are written [ ). What a more
-important alarm covers (alarms.non_overlapping_alarms) is taken out. The result replaces the history
-of this object and alarm inside the window and nothing outside, and periods that touch are one row:
-so a year in one job, or cut in any way, in any order, or twice, leaves the same rows.
+A step replaces what its alarm's trigger found (alarms_detected) inside the window [start, end) and
+nowhere else, then settles: it brings alarms_history up to date, of its alarm and of every alarm of
+the object that gives way to it (alarms.non_overlapping_alarms), directly or through others. So a
+year in one job, or cut in any way, in any order, or twice, leaves the same rows. See alarm_layers.
 """
 
 from __future__ import annotations
 
+import functools
 import graphlib
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
+from alarm_layers import DETECT_SQL, RESULT_SQL, SETTLE_SQL
 from jobs import (
     TIME,
     JobInstance,
@@ -28,15 +35,20 @@ from jobs import (
     schema_problems,
 )
 
+SECONDS = {"type": "number", "minimum": 0, "maximum": 1e9}
+
 #: JSON Schema of alarms.trigger
 TRIGGER_SCHEMA = {
     "type": "object",
     "required": ["trigger_type", "threshold_type", "feature_name", "threshold_value"],
+    "additionalProperties": False,
     "properties": {
         "trigger_type": {"const": "threshold"},
         "threshold_type": {"enum": ["high", "low"]},
         "feature_name": {"type": "string", "minLength": 1},
         "threshold_value": {"type": "number", "minimum": -1e300, "maximum": 1e300},
+        "min_duration": SECONDS,
+        "max_gap": SECONDS,
     },
 }
 
@@ -46,134 +58,83 @@ SELECT id, name, object_model_id
  WHERE name = ANY(%(names)s)
 """
 
-# All alarms of the models involved, not only those asked for: a cycle among the others matters too.
+# All alarms of the models involved, not only those asked for: a cycle among the others matters.
 ALARMS_SQL = """
-SELECT a.id, a.object_model_id, a.manufacturer_id, a.non_overlapping_alarms, f.id AS feature_id, m.name AS model
+SELECT a.object_model_id, a.manufacturer_id, a.id, a.non_overlapping_alarms, f.id
   FROM alarms a
-  JOIN object_models m ON m.id = a.object_model_id
-  LEFT JOIN features f ON f.object_model_id = a.object_model_id AND f.name = a.trigger->>'feature_name'::text
+  LEFT JOIN features f ON f.object_model_id = a.object_model_id
+                      AND f.name = a.trigger->>'feature_name'::text
  WHERE a.object_model_id = ANY(%(models)s)
 """
 
-# Before the calculation and as a statement of its own: the calculation must see what another job
-# that was at the same object and alarm has committed, so its snapshot has to be taken after the wait.
-# The plan of the calculation is made once and kept; made on an empty history it would read the whole
-# table in every step from then on, however it grows. So it may only be made of index scans.
+# A statement of its own, before all others: they must see what another job that was at the same
+# object has committed, so their snapshots have to be taken after the wait.
 TAKE_TURNS_SQL = """
-SELECT pg_advisory_xact_lock('alarms_history'::regclass::oid::int,
-                             hashint8(object_id::bigint << 32 | alarm_id::bigint)),
+SELECT pg_advisory_xact_lock('alarms_history'::regclass::oid::int, %(object_id)s::int)
+"""
+
+# The plans of the statements after this one are made once and kept; made on empty tables they
+# would read them whole in every step from then on, however they grow. So they may be made of index
+# scans only. RESULT_SQL ends that, for the statements that are not ours.
+RULE_SQL = """
+SELECT a.trigger::text, a.manufacturer_id, a.object_model_id, m.name,
+       o.object_model_id = a.object_model_id, f.id,
+       ARRAY(SELECT name FROM features WHERE object_model_id = m.id ORDER BY name),
+       f.sample_interval::text,
+       CASE WHEN extract(year FROM f.sample_interval) = 0::numeric
+             AND extract(month FROM f.sample_interval) = 0::numeric
+             AND extract(day FROM f.sample_interval) = 0::numeric
+            THEN f.sample_interval::text END,
+       ARRAY(SELECT i.id
+               FROM alarms i
+              WHERE i.object_model_id = a.object_model_id
+                AND i.manufacturer_id = ANY(a.non_overlapping_alarms)),
        set_config('enable_seqscan', 'off', true)
-  FROM job_steps
- WHERE id = %(step_id)s
-"""
-
-# One object, one alarm, one window, as set algebra on multiranges:
-#   sample intervals that trigger, cut to the window  (found)
-#   minus what more important alarms cover            (important)
-#   plus the history outside the window               (outside)
-# joined where they touch (period), then written with as few changes as possible: a row that stays
-# the same is not touched, so computing again changes nothing, not even ids.
-# rule is empty if the trigger is malformed or an important alarm's step failed in this job: nothing
-# is changed then, and explain() finds out why.
-# A sample triggers if above < value < below, where above NULL is no bound. NaN is greater than any
-# number in PostgreSQL, so `value < 'NaN'` keeps NaN out of an alarm that has no upper bound. The lower
-# bound is looked at first, because it turns most samples of most alarms away.
-# Samples are read from the index alone (primary key of feature_values), in its order. The columns of
-# rule stand in scalar subqueries: a join would hand every sample through one more node, twice the time,
-# and would let PostgreSQL read the history from end to end if it was small when the plan was made.
-CALCULATE_SQL = """
-WITH rule AS MATERIALIZED (
-    SELECT s.object_id, a.id AS alarm_id, f.id AS feature_id, f.sample_interval,
-           CASE a.trigger->>'threshold_type'::text
-                WHEN 'high' THEN (a.trigger->>'threshold_value'::text)::float8 END AS above,
-           CASE a.trigger->>'threshold_type'::text
-                WHEN 'low'  THEN (a.trigger->>'threshold_value'::text)::float8 ELSE 'NaN' END AS below,
-           ARRAY(SELECT i.id
-                   FROM alarms i
-                  WHERE i.object_model_id = a.object_model_id
-                    AND i.manufacturer_id = ANY(a.non_overlapping_alarms)) AS important_ids
-      FROM job_steps s
-      JOIN alarms a   ON a.id = s.alarm_id
-      JOIN features f ON f.object_model_id = a.object_model_id
-                     AND f.name = a.trigger->>'feature_name'::text
-     WHERE s.id = %(step_id)s
-       AND a.trigger->>'trigger_type'::text = 'threshold'
-       AND a.trigger->>'threshold_type'::text IN ('high', 'low')
-       AND CASE WHEN jsonb_typeof(a.trigger->'threshold_value'::text) = 'number'
-                THEN abs((a.trigger->>'threshold_value'::text)::numeric) <= 1e300 END
-       AND NOT EXISTS (
-             SELECT FROM job_steps other
-              WHERE other.job_instance_id = s.job_instance_id
-                AND other.position BETWEEN s.position - %(alarms)s AND s.position - 1
-                AND other.object_id = s.object_id
-                AND other.state = 'Failed'
-                AND other.parameters->'manufacturer_id'::text <@ pg_catalog.to_jsonb(a.non_overlapping_alarms))
-), sample AS (
-    SELECT pg_catalog.range_agg(tstzrange(v.timestamp - (SELECT sample_interval FROM rule), v.timestamp)) AS triggering
-      FROM feature_values v
-     WHERE v.object_id = (SELECT object_id FROM rule)
-       AND v.feature_id = (SELECT feature_id FROM rule)
-       AND v.timestamp > %(start)s
-       AND v.timestamp < %(end)s::timestamptz + (SELECT sample_interval FROM rule)
-       AND (v.value > (SELECT above FROM rule)) IS NOT FALSE
-       AND v.value < (SELECT below FROM rule)
-), important AS (
-    SELECT pg_catalog.range_agg(tstzrange(h.start_time, h.end_time)) AS covered
-      FROM alarms_history h
-     WHERE h.object_id = (SELECT object_id FROM rule)
-       AND h.alarm_id = ANY((SELECT important_ids FROM rule)::int[])
-       AND h.start_time < %(end)s
-       AND h.end_time > %(start)s
-), found AS (
-    SELECT COALESCE(triggering, '{}')
-           OPERATOR(pg_catalog.*) pg_catalog.tstzmultirange(pg_catalog.tstzrange(%(start)s, %(end)s))
-           OPERATOR(pg_catalog.-) COALESCE(covered, '{}') AS inside
-      FROM sample, important
-), old AS MATERIALIZED (
-    SELECT h.id, h.start_time, h.end_time
-      FROM alarms_history h
-     WHERE h.object_id = (SELECT object_id FROM rule)
-       AND h.alarm_id = (SELECT alarm_id FROM rule)
-       AND h.start_time <= %(end)s
-       AND h.end_time >= %(start)s
-), outside AS (
-    SELECT COALESCE(pg_catalog.range_agg(tstzrange(start_time, end_time)), '{}')
-           OPERATOR(pg_catalog.-) pg_catalog.tstzmultirange(pg_catalog.tstzrange(%(start)s, %(end)s)) AS kept
-      FROM old
-), period AS MATERIALIZED (
-    SELECT pg_catalog.lower(p) AS start_time, pg_catalog.upper(p) AS end_time
-      FROM found, outside, pg_catalog.unnest(found.inside OPERATOR(pg_catalog.+) outside.kept) AS p
-), gone AS (
-    DELETE FROM alarms_history
-     WHERE id = ANY(ARRAY(SELECT id FROM old WHERE start_time NOT IN (SELECT start_time FROM period)))
-), changed AS (
-    UPDATE alarms_history h
-       SET end_time = period.end_time
-      FROM period
-     WHERE h.id = ANY(ARRAY(SELECT old.id
-                              FROM old
-                              JOIN period p ON p.start_time = old.start_time AND p.end_time <> old.end_time))
-       AND period.start_time = h.start_time
-), added AS (
-    INSERT INTO alarms_history (object_id, alarm_id, start_time, end_time)
-    SELECT rule.object_id, rule.alarm_id, period.start_time, period.end_time
-      FROM rule, period
-     WHERE period.start_time NOT IN (SELECT start_time FROM old)
-)
-SELECT (SELECT count(*) FROM period WHERE start_time < %(end)s AND end_time > %(start)s) AS periods,
-       (SELECT COALESCE(sum(extract(epoch FROM pg_catalog.upper(r) - pg_catalog.lower(r))), 0)::float8
-          FROM found, pg_catalog.unnest(found.inside) AS r) AS seconds
-  FROM rule
-"""
-
-EXPLAIN_SQL = """
-SELECT a.trigger, a.manufacturer_id, m.name AS model,
-       ARRAY(SELECT f.name FROM features f WHERE f.object_model_id = m.id ORDER BY f.name) AS features
-  FROM job_steps s
-  JOIN alarms a        ON a.id = s.alarm_id
+  FROM alarms a
   JOIN object_models m ON m.id = a.object_model_id
- WHERE s.id = %(step_id)s
+  JOIN objects o       ON o.id = %(object_id)s
+  LEFT JOIN features f ON f.object_model_id = a.object_model_id
+                      AND f.name = a.trigger->>'feature_name'::text
+ WHERE a.id = %(alarm_id)s
 """
+
+# All alarms of the model, if one that gives way to this one has periods that are not all over when
+# the change begins; no rows otherwise, so a night costs nothing where those come later in the job.
+OTHERS_SQL = """
+SELECT manufacturer_id, id, non_overlapping_alarms, trigger::text
+  FROM alarms
+ WHERE object_model_id = %(model_id)s
+   AND EXISTS (
+         SELECT FROM alarms d
+          WHERE d.object_model_id = %(model_id)s
+            AND %(number)s = ANY(d.non_overlapping_alarms)
+            AND %(low)s < GREATEST((SELECT end_time
+                                      FROM alarms_detected
+                                     WHERE object_id = %(object_id)s AND alarm_id = d.id
+                                     ORDER BY start_time DESC
+                                     LIMIT 1),
+                                   (SELECT end_time
+                                      FROM alarms_history
+                                     WHERE object_id = %(object_id)s AND alarm_id = d.id
+                                     ORDER BY start_time DESC
+                                     LIMIT 1)))
+"""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The step's alarm as it is defined now, a row of RULE_SQL."""
+
+    trigger: str
+    number: int
+    model_id: int
+    model: str
+    is_its_models: bool  # the object is of the model the alarm belongs to
+    feature_id: int | None
+    features: list[str]  # names of all features of the model
+    interval: str
+    grid: str | None  # the interval, unless it has days or months, which differ in length
+    important: list[int]
 
 
 class JobAlarmCalc(JobInstance):
@@ -193,93 +154,198 @@ class JobAlarmCalc(JobInstance):
                           "description": "manufacturer ids"},
             "start": TIME,
             "end": TIME,
+            "no_samples": {"enum": ["fail", "clear"], "default": "fail",
+                           "description": "clear: such a window erases"},
         },
     }
 
     def __init__(self, job_id: int, skip_test: bool = True) -> None:
         super().__init__(job_id, skip_test)
 
+    # The steps.
+
     def _create_steps(self) -> list[dict[str, Any]]:
         objects = self._objects()
-        alarms = self._alarms({row[2] for row in objects})
+        alarms = self._alarms({model_id for _, _, model_id in objects})
         self._require(objects, alarms)
-        order = {model: important_first(alarms[model], self.parameters["alarm_ids"]) for model in alarms}
+        order = {model_id: important_first(of_model, self.parameters["alarm_ids"])
+                 for model_id, of_model in alarms.items()}
         return [{"name": f"{name} / alarm {number}", "object_id": object_id,
-                 "alarm_id": alarms[model][number]["id"], "feature_id": alarms[model][number]["feature_id"],
-                 "parameters": {"manufacturer_id": number}}
-                for object_id, name, model in objects for number in order[model]]
+                 "alarm_id": alarms[model_id][number]["id"],
+                 "feature_id": alarms[model_id][number]["feature_id"]}
+                for object_id, name, model_id in objects for number in order[model_id]]
 
     def _objects(self) -> list[tuple[int, str, int]]:
         """Return (id, name, model) of the objects asked for that exist, in the order asked for."""
-        names = self.parameters["object_names"]
-        rows = self.connection.execute(OBJECTS_SQL, {"names": names}).fetchall()
-        return sorted(rows, key=lambda row: names.index(row[1]))
+        position = {name: n for n, name in enumerate(self.parameters["object_names"])}
+        rows = self.connection.execute(OBJECTS_SQL, {"names": list(position)}).fetchall()
+        return sorted(rows, key=lambda row: position[row[1]])
 
     def _alarms(self, models: set[int]) -> dict[int, dict[int, dict[str, Any]]]:
         """Return the alarms of each model by manufacturer id."""
-        alarms: dict[int, dict[int, dict[str, Any]]] = {model: {} for model in models}
-        for alarm_id, model, number, important, feature_id, model_name in self.connection.execute(
+        alarms: dict[int, dict[int, dict[str, Any]]] = {model_id: {} for model_id in models}
+        for model_id, number, alarm_id, important, feature_id in self.connection.execute(
                 ALARMS_SQL, {"models": list(models)}):
-            alarms[model][number] = {"id": alarm_id, "important": important, "feature_id": feature_id,
-                                     "model": model_name}
+            alarms[model_id][number] = {"id": alarm_id, "important": important,
+                                        "feature_id": feature_id}
         return alarms
 
-    def _require(self, objects: list[tuple[int, str, int]], alarms: dict[int, dict[int, Any]]) -> None:
+    def _require(self, objects: list[tuple[int, str, int]],
+                 alarms: dict[int, dict[int, Any]]) -> None:
         """Raise `JobRequestError` naming every unknown object and every alarm a model lacks."""
         known = {name for _, name, _ in objects}
         problems = [f"unknown object {name!r}"
                     for name in self.parameters["object_names"] if name not in known]
-        for model in alarms:
-            if missing := [n for n in self.parameters["alarm_ids"] if n not in alarms[model]]:
-                of = [name for _, name, m in objects if m == model]
-                problems.append(f"alarms {missing} are not defined for the model of {', '.join(of[:5])}"
+        for model_id in alarms:
+            if missing := [n for n in self.parameters["alarm_ids"] if n not in alarms[model_id]]:
+                of = [name for _, name, model in objects if model == model_id]
+                problems.append(f"alarms {missing} are not defined for the model of "
+                                + ", ".join(of[:5])
                                 + (f" and {len(of) - 5} more" if len(of) > 5 else ""))
         if problems:
-            raise JobRequestError("\n  ".join(["Nothing was calculated:", *problems,
-                                               "see the tables objects and alarms; insert a corrected job"]))
+            raise JobRequestError("\n  ".join([
+                "Nothing was calculated:", *problems,
+                "see the tables objects and alarms; insert a corrected job"]))
+
+    # One step.
 
     def _run_step(self, step_id: int) -> dict[str, Any]:
-        window = {"start": parse_time(self.parameters["start"]), "end": parse_time(self.parameters["end"])}
-        self.connection.execute(TAKE_TURNS_SQL, {"step_id": step_id})
-        row = self.connection.execute(CALCULATE_SQL, window | {
-            "step_id": step_id, "alarms": len(self.parameters["alarm_ids"])}).fetchone()
+        window = {"start": parse_time(self.parameters["start"]),
+                  "end": parse_time(self.parameters["end"])}
+        self._execute(TAKE_TURNS_SQL)
+        rule = self._rule()
+        samples, coverage = self._detect(rule, window)
+        self._settle_all(rule, window)
+        periods, seconds, _ = self._execute(RESULT_SQL, **window)
+        return {"periods": periods, "seconds": seconds, "samples": samples, "coverage": coverage}
+
+    def _execute(self, sql: str, **params: Any) -> tuple[Any, ...] | None:
+        """Run a statement for the step's object and alarm; return its first row."""
+        step = {"object_id": self.step["object_id"], "alarm_id": self.step["alarm_id"]}
+        return self.connection.execute(sql, step | params).fetchone()
+
+    def _rule(self) -> Rule:
+        """Return what is to be calculated; raise `JobStepError` if it cannot be."""
+        row = self._execute(RULE_SQL)
         if row is None:
-            raise JobStepError(self._explain_refusal(step_id))
-        return dict(zip(("periods", "seconds"), row, strict=True))
+            raise JobStepError("The object, or the alarm in the table alarms, was deleted after "
+                               "the job was created; insert a new job")
+        rule = Rule(*row[:-1])
+        if not rule.is_its_models:
+            raise JobStepError(f"The object is no longer of the model {rule.model!r}, whose alarm "
+                               "this is; insert a new job")
+        trigger, problems = read_trigger(rule.trigger)
+        if problems or rule.feature_id is None:
+            raise JobStepError("\n  ".join([
+                f"Malformed trigger of alarm {rule.number} of model {rule.model!r}; "
+                "nothing was changed:", *problems, *feature_problems(trigger, rule.features),
+                "mend alarms.trigger, then jobctl retry"]))
+        return rule
 
-    def _explain_refusal(self, step_id: int) -> str:
-        """Return why CALCULATE_SQL did not calculate."""
-        row = self.connection.execute(EXPLAIN_SQL, {"step_id": step_id}).fetchone()
-        if row is None:
-            return "The alarm was deleted from the table alarms after the job was created"
-        trigger, number, model, features = row
-        if problems := trigger_problems(trigger, features):
-            return "\n  ".join([f"Malformed trigger of alarm {number} of model {model!r}; nothing was changed:",
-                                *problems, "mend alarms.trigger, then jobctl retry"])
-        return ("Not calculated, because the step of a more important alarm of this object failed in this job; "
-                "mend that one, then jobctl retry")
+    def _detect(self, rule: Rule, window: dict[str, Any]) -> tuple[int, float]:
+        """Detect in the window; return how many samples count there and the share they cover.
+
+        Raise `JobStepError` if none does but periods are known, which are not to be erased then.
+        """
+        trigger, _ = read_trigger(rule.trigger)
+        samples, coverage, was_detected = self._execute(
+            DETECT_SQL[trigger["threshold_type"]], **window, feature_id=rule.feature_id,
+            interval=rule.interval, grid=rule.grid, threshold=float(trigger["threshold_value"]))
+        if not samples and self.parameters.get("no_samples") != "clear":
+            periods, *_ = self._execute(RESULT_SQL, **window)
+            if was_detected or periods:
+                raise JobStepError(
+                    f"No sample of {trigger['feature_name']!r} in the window has a value, but "
+                    f"alarm {rule.number} is known to have stood there; nothing was changed. "
+                    "Load the samples, then jobctl retry; or ask with "
+                    '"no_samples": "clear" to erase it')
+        return samples, coverage or 0.0
+
+    # Settling: the history of the step's alarm, then of what gives way to it, where it changed.
+
+    def _settle_all(self, rule: Rule, window: dict[str, Any]) -> None:
+        changed = {rule.number: self._settle(self.step["alarm_id"], rule.important, rule.trigger,
+                                             **window)}
+        alarms = self._others(rule, changed[rule.number])
+        for number, alarm in alarms.items():
+            spans = [changed[n] for n in alarm["important"] if changed.get(n)]
+            if spans and is_calculated(alarm["trigger"]):
+                important_ids = [alarms[n]["id"] for n in alarm["important"] if n in alarms]
+                changed[number] = self._settle(
+                    alarm["id"], important_ids, alarm["trigger"],
+                    start=min(low for low, _ in spans), end=max(high for _, high in spans))
+
+    def _settle(self, alarm_id: int, important_ids: list[int], trigger_text: str,
+                start: datetime, end: datetime) -> tuple[datetime, datetime] | None:
+        """Settle one alarm; return from when to when its history changed, None if it did not."""
+        trigger, _ = read_trigger(trigger_text)
+        min_duration, max_gap = trigger.get("min_duration", 0), trigger.get("max_gap", 0)
+        low, high = self._execute(
+            SETTLE_SQL, alarm_id=alarm_id, important_ids=important_ids, start=start, end=end,
+            min_duration=f"{min_duration:.6f} s", max_gap=f"{max_gap:.6f} s",
+            reach=f"{min_duration + 2 * max_gap:.6f} s")
+        return (low, high) if low else None
+
+    def _others(self, rule: Rule, changed: tuple[datetime, datetime] | None
+                ) -> dict[int, dict[str, Any]]:
+        """Return the model's alarms by number, in order; {} if none has to be settled."""
+        if changed is None:
+            return {}
+        rows = self.connection.execute(OTHERS_SQL, {
+            "model_id": rule.model_id, "number": rule.number, "low": changed[0],
+            "object_id": self.step["object_id"]}).fetchall()
+        alarms = {number: {"id": alarm_id, "important": important, "trigger": trigger}
+                  for number, alarm_id, important, trigger in rows}
+        try:
+            return {number: alarms[number] for number in important_first(alarms, alarms)}
+        except JobRequestError as exc:
+            raise JobStepError(str(exc)) from None
 
 
-def important_first(alarms: dict[int, dict[str, Any]], numbers: Iterable[int]) -> list[int]:
+def important_first(alarms: Mapping[int, Mapping[str, Any]], numbers: Iterable[int]) -> list[int]:
     """Return `numbers` so that every alarm comes after those more important than it.
 
-    Raise `JobRequestError` naming the cycle if alarms are more important than each other.
+    `alarms`: for each number of the model "important", a list of numbers; unknown ones are left
+    out. Raise `JobRequestError` naming the cycle if alarms are more important than each other.
     """
-    graph = {number: sorted(set(alarm["important"]) & set(alarms)) for number, alarm in sorted(alarms.items())}
+    graph = {number: sorted(set(alarm["important"]) & set(alarms))
+             for number, alarm in sorted(alarms.items())}
     try:
         order = list(graphlib.TopologicalSorter(graph).static_order())
     except graphlib.CycleError as exc:
         cycle = " -> ".join(map(str, exc.args[1]))
-        raise JobRequestError(f"Nothing was calculated: alarms.non_overlapping_alarms goes round in a circle: {cycle}; "
-                              "take one of them out") from None
+        raise JobRequestError("Nothing was calculated: alarms.non_overlapping_alarms goes round "
+                              f"in a circle: {cycle}; take one of them out") from None
     wanted = set(numbers)
     return [number for number in order if number in wanted]
 
 
-def trigger_problems(trigger: Any, features: list[str]) -> list[str]:
-    """Return what is wrong with a trigger of a model with these `features`, [] if it can be used."""
-    problems = schema_problems(trigger, TRIGGER_SCHEMA)
+@functools.lru_cache(1000)
+def read_trigger(text: str) -> tuple[Any, tuple[str, ...]]:
+    """Return a trigger and what is wrong with it whatever the model, each as '$.path: what'."""
+    try:
+        trigger = json.loads(text)
+    except (ValueError, RecursionError) as exc:  # a number or a depth beyond what Python reads
+        return None, (f"$: {exc}",)
+    return trigger, tuple(schema_problems(trigger, TRIGGER_SCHEMA))
+
+
+def is_calculated(trigger_text: str) -> bool:
+    """Whether such an alarm's history is ours to change: a threshold, and of a usable shape."""
+    trigger, problems = read_trigger(trigger_text)
+    return (isinstance(trigger, dict) and trigger.get("trigger_type") == "threshold"
+            and not any(p.startswith(("$.min_duration", "$.max_gap")) for p in problems))
+
+
+def feature_problems(trigger: Any, features: list[str]) -> list[str]:
+    """Return what is wrong with a trigger's feature on a model that has these `features`."""
     name = trigger.get("feature_name") if isinstance(trigger, dict) else None
-    if isinstance(name, str) and name not in features:
-        problems.append(f"$.feature_name: the model has no feature {name!r}; it has {', '.join(features) or 'none'}")
-    return problems
+    if not isinstance(name, str) or name in features:
+        return []
+    return [f"$.feature_name: the model has no feature {name!r}; "
+            f"it has {', '.join(features) or 'none'}"]
+
+
+def trigger_problems(trigger: Any, features: list[str]) -> list[str]:
+    """Return what is wrong with a trigger of a model with these `features`; [] if usable."""
+    return schema_problems(trigger, TRIGGER_SCHEMA) + feature_problems(trigger, features)

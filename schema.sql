@@ -20,6 +20,7 @@
 --   features         the ten-minute signals of a model
 --   feature_values   the samples
 --   alarms           the alarms of a model and what triggers them
+--   alarms_detected  when an alarm's own trigger held on an object
 --   alarms_history   when an alarm stood on an object
 --
 -- Views (the interface for dashboards)
@@ -433,7 +434,7 @@ COMMENT ON COLUMN alarms.id                     IS 'For alarms_history.alarm_id.
 COMMENT ON COLUMN alarms.object_model_id        IS 'Whose alarm.';
 COMMENT ON COLUMN alarms.manufacturer_id        IS 'The number job parameters use (alarm_ids).';
 COMMENT ON COLUMN alarms.name                   IS 'For people.';
-COMMENT ON COLUMN alarms.trigger                IS '{"trigger_type": "threshold", "threshold_type": "high" or "low", "feature_name": name, "threshold_value": number in the feature''s unit}';
+COMMENT ON COLUMN alarms.trigger                IS '{"trigger_type": "threshold", "threshold_type": "high" or "low", "feature_name": name, "threshold_value": number in the feature''s unit}, and if wanted "max_gap": join periods with at most so many seconds between them, "min_duration": leave out those that are then shorter, in seconds. Another trigger_type: not calculated here, its history is used and never changed.';
 COMMENT ON COLUMN alarms.non_overlapping_alarms IS 'manufacturer_id of the more important alarms: while one of them stands, this one does not.';
 
 
@@ -448,12 +449,40 @@ CREATE TABLE IF NOT EXISTS alarms_history (
     CONSTRAINT alarm_period_ends_after_it_starts CHECK (end_time > start_time)
 );
 
-COMMENT ON TABLE  alarms_history            IS 'The periods in which an alarm stood on an object; they neither overlap nor touch.';
+COMMENT ON TABLE  alarms_history            IS 'The periods in which an alarm stood on an object; they neither overlap nor touch. A function of alarms_detected and the definitions for alarms that are calculated here.';
 COMMENT ON COLUMN alarms_history.id         IS 'No meaning beyond this row.';
 COMMENT ON COLUMN alarms_history.object_id  IS 'Where.';
 COMMENT ON COLUMN alarms_history.alarm_id   IS 'Which alarm (alarms.id).';
-COMMENT ON COLUMN alarms_history.start_time IS 'From this moment: end of the last sample before it.';
-COMMENT ON COLUMN alarms_history.end_time   IS 'Until this moment: end of its last sample.';
+COMMENT ON COLUMN alarms_history.start_time IS 'From this moment.';
+COMMENT ON COLUMN alarms_history.end_time   IS 'Until this moment.';
+
+
+-- Made once, and filled once with what stands in the history: databases that were in use before there
+-- were two layers go on with it.
+DO $$
+BEGIN
+    IF to_regclass(pg_catalog.format('%I.alarms_detected', current_schema())) IS NOT NULL THEN
+        RETURN;
+    END IF;
+    CREATE TABLE alarms_detected (
+        object_id   int          NOT NULL,
+        alarm_id    int          NOT NULL,
+        start_time  timestamptz  NOT NULL,
+        end_time    timestamptz  NOT NULL,
+
+        PRIMARY KEY (object_id, alarm_id, start_time),
+        CONSTRAINT detected_period_ends_after_it_starts CHECK (end_time > start_time)
+    );
+    INSERT INTO alarms_detected (object_id, alarm_id, start_time, end_time)
+    SELECT object_id, alarm_id, start_time, end_time
+      FROM alarms_history;
+END $$;
+
+COMMENT ON TABLE  alarms_detected            IS 'What the triggers of the alarms found in the samples, before anything is joined, left out or given way to: alarms_history is a function of it and of the definitions. The periods of an alarm neither overlap nor touch.';
+COMMENT ON COLUMN alarms_detected.object_id  IS 'Where.';
+COMMENT ON COLUMN alarms_detected.alarm_id   IS 'Which alarm (alarms.id).';
+COMMENT ON COLUMN alarms_detected.start_time IS 'From this moment: end of the last sample before it.';
+COMMENT ON COLUMN alarms_detected.end_time   IS 'Until this moment: end of its last sample.';
 
 -- ---------------------------------------------------------------------------------------------------- functions
 

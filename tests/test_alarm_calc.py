@@ -1,23 +1,28 @@
 """Alarm Calculation against the same calculation in plain Python."""
 
+import contextlib
 import csv
 import itertools
 import math
 import random
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from helpers import claim, wait_for
+from helpers import wait_for
 from park import (
+    DAY,
     MIDNIGHT,
     add_alarm,
     add_samples,
+    at,
+    comment,
+    define,
     every_ten_minutes,
     history,
     make_park,
     periods,
+    run_claimed,
     trigger,
     without,
 )
@@ -26,60 +31,31 @@ import alarm_calc
 import control
 import jobs
 import perfdb
-from worker import Worker, current_worker, use_worker
+from worker import Worker, use_worker
+
+pytest_plugins = ["alarm_fixtures"]
 
 NAN = math.nan
-DAY = timedelta(days=1)
 REAL_YEAR = Path(__file__).parents[2] / "shared" / "data" / "yalova_2018_10min.csv"
 
 
-@pytest.fixture
-def ask(conn):
-    """Ask for an Alarm Calculation; return the job's id."""
-    control.write_types(conn, ["Alarm Calculation"])
-
-    def ask(from_=MIDNIGHT, to=MIDNIGHT + DAY, objects=("LAN-01",), alarms=(111,), **more):
-        return control.create_job(conn, "Alarm Calculation", {
-            "object_names": list(objects), "alarm_ids": list(alarms),
-            "start": f"{from_:%Y-%m-%d %H:%M:%S}Z", "end": f"{to:%Y-%m-%d %H:%M:%S}Z"} | more)
-    return ask
-
-
-@pytest.fixture
-def calculate(ask, dsn):
-    """Ask for a calculation and run it in this process; return the steps that failed."""
-    worker = Worker(dsn)
-    use_worker(worker)
-    yield lambda *args, **kwargs: alarm_calc.JobAlarmCalc(ask(*args, **kwargs)).run()
-    use_worker(None)
-    worker.close()
-
-
-def comment(conn, table="job_instances"):
-    return conn.execute(f"SELECT comment FROM {table} WHERE state = 'Failed' ORDER BY id").fetchone()["comment"]
-
-
-def at(minutes):
-    return MIDNIGHT + timedelta(minutes=minutes)
-
-
 def test_a_plan_made_on_an_empty_history_does_not_read_it_whole_later(conn, dsn, ask):
-    """A plan is kept and used for the other objects, when the history has grown by the periods of the first."""
+    """A plan is kept and used for the other objects, when the history has grown meanwhile."""
     names = [f"LAN-{n}" for n in range(30)]
     make_park(conn, objects=names)
     for name in names:
         add_samples(conn, every_ten_minutes([11, 9] * 20), name)
-    conn.execute("VACUUM alarms_history")  # now PostgreSQL knows that it is empty
+    conn.execute("VACUUM alarms_history, alarms_detected")  # now PostgreSQL knows they are empty
     job_id = ask(objects=names)
     worker = Worker(dsn)
     use_worker(worker)
     alarm_calc.JobAlarmCalc(job_id).run()
     worker.connection.execute("SELECT pg_stat_force_next_flush()")
-    (read,) = conn.execute("SELECT t.seq_tup_read + sum(i.idx_tup_read) FROM pg_stat_user_tables t "
-                           "JOIN pg_stat_user_indexes i USING (relid) WHERE t.relname = 'alarms_history' "
-                           "GROUP BY t.seq_tup_read").fetchone().values()
+    (read,) = conn.execute("SELECT sum(t.seq_tup_read + i.idx_tup_read) "
+                           "FROM pg_stat_user_tables t JOIN pg_stat_user_indexes i USING (relid) "
+                           "WHERE t.relname LIKE 'alarms\\_%'").fetchone().values()
     assert len(history(conn)) == 30 * 20
-    assert read < 30  # each object's own periods, of which there were none
+    assert read < 30 * 20 * 5  # each object's own a few times; else 30 * 20 * 30 / 2 each time
     use_worker(None)
     worker.close()
 
@@ -93,7 +69,8 @@ def test_a_plan_made_on_an_empty_history_does_not_read_it_whole_later(conn, dsn,
                  id="NaN and NULL do not trigger high"),
     pytest.param(trigger("low", value=10), [9, NAN, 9, None, 9], [(0, 10), (20, 30), (40, 50)],
                  id="NaN and NULL do not trigger low"),
-    pytest.param(trigger("high", value=10), [math.inf, -math.inf], [(0, 10)], id="infinite values are values"),
+    pytest.param(trigger("high", value=10), [math.inf, -math.inf], [(0, 10)],
+                 id="infinite values are values"),
     pytest.param(trigger("high", value=-1), [], [], id="no samples"),
 ])
 def test_threshold(conn, calculate, rule, values, expected):
@@ -101,6 +78,18 @@ def test_threshold(conn, calculate, rule, values, expected):
     add_samples(conn, every_ten_minutes(values))
     assert calculate() == []
     assert history(conn) == [("LAN-01", 111, at(low), at(high)) for low, high in expected]
+
+
+@pytest.mark.parametrize(("start", "end"), [
+    ("2026-03-01T00:10:00Z", "2026-03-01T00:30:00Z"),
+    ("2026-03-01T00:10:00", "2026-03-01T00:30:00"),
+    ("2026-02-28 21:10:00-0300", "2026-03-01T01:30:00+01:00"),
+])
+def test_times_as_front_ends_write_them(conn, calculate, start, end):
+    make_park(conn)
+    add_samples(conn, every_ten_minutes([11] * 6))
+    assert calculate(start=start, end=end) == []
+    assert history(conn) == [("LAN-01", 111, at(10), at(30))]
 
 
 def test_a_missing_sample_ends_an_alarm(conn, calculate):
@@ -128,9 +117,11 @@ def test_samples_that_straddle_an_edge_count_for_the_part_inside(conn, calculate
 def test_only_the_history_inside_the_window_is_replaced(conn, calculate):
     make_park(conn, alarms={111: (trigger(), []), 112: (trigger(), [])})
     add_samples(conn, every_ten_minutes([9, 9, 9, 11, 9, 9]))
-    for number, low, high in [(111, -50, 5), (111, 15, 20), (111, 25, 70), (111, 90, 95), (112, 10, 30)]:
+    for number, low, high in [(111, -50, 5), (111, 15, 20), (111, 25, 70), (111, 90, 95),
+                              (112, 10, 30)]:
         conn.execute("INSERT INTO alarms_history (object_id, alarm_id, start_time, end_time) "
-                     "SELECT 1, id, %s, %s FROM alarms WHERE manufacturer_id = %s", [at(low), at(high), number])
+                     "SELECT 1, id, %s, %s FROM alarms WHERE manufacturer_id = %s",
+                     [at(low), at(high), number])
     calculate(at(0), at(50))
     assert history(conn, 111) == [("LAN-01", 111, at(low), at(high))
                                   for low, high in [(-50, 0), (30, 40), (50, 70), (90, 95)]]
@@ -146,12 +137,18 @@ def test_periods_that_touch_at_the_edge_are_one_row(conn, calculate):
 
 
 def test_computing_again_touches_no_row(conn, calculate):
-    make_park(conn)
+    make_park(conn, alarms={111: (trigger(), []), 112: (trigger(value=8, max_gap=60), [111])})
     add_samples(conn, every_ten_minutes([11, 9] * 20))
-    calculate()
-    before = conn.execute("SELECT xmin::text, * FROM alarms_history ORDER BY id").fetchall()
-    calculate()
-    assert conn.execute("SELECT xmin::text, * FROM alarms_history ORDER BY id").fetchall() == before
+
+    def rows():
+        return [conn.execute(f"SELECT xmin::text, * FROM {table} ORDER BY alarm_id, start_time"
+                             ).fetchall() for table in ("alarms_detected", "alarms_history")]
+    calculate(alarms=[111, 112])
+    before = rows()
+    calculate(alarms=[112])
+    calculate(at(15), at(215), alarms=[111, 112])
+    assert rows() == before
+    assert [len(layer) for layer in before] == [21, 40]
 
 
 def test_more_important_alarms_win(conn, calculate):
@@ -177,12 +174,32 @@ def test_an_important_alarm_that_is_not_asked_for_counts_as_history_has_it(conn,
 def test_the_steps_are_named_and_say_what_they_found(conn, calculate):
     make_park(conn)
     add_samples(conn, every_ten_minutes([9, 11, 11]))
-    calculate(objects=["LAN-02", "LAN-01"])
+    add_samples(conn, every_ten_minutes([None, NAN, 9]), "LAN-02")
+    calculate(at(0), at(60), objects=["LAN-02", "LAN-01"])
     steps = conn.execute("SELECT name, object_id, alarm_id, feature_id, result FROM job_steps "
                          "ORDER BY position").fetchall()
     assert [tuple(s.values()) for s in steps] == [
-        ("LAN-02 / alarm 111", 2, 1, 1, {"periods": 0, "seconds": 0}),
-        ("LAN-01 / alarm 111", 1, 1, 1, {"periods": 1, "seconds": 1200})]
+        ("LAN-02 / alarm 111", 2, 1, 1,
+         {"periods": 0, "seconds": 0, "samples": 1, "coverage": 0.166667}),
+        ("LAN-01 / alarm 111", 1, 1, 1,
+         {"periods": 1, "seconds": 1200, "samples": 3, "coverage": 0.5})]
+
+
+@pytest.mark.parametrize(("stamps", "low", "high", "samples", "coverage"), [
+    pytest.param(range(10, 61, 10), 0, 60, 6, 1.0, id="all"),
+    pytest.param([10, 30], 5, 27, 2, 12 / 22, id="edges within samples"),
+    pytest.param([10, 20, 30], 0, 25, 3, 1.0, id="end within a sample"),
+    pytest.param([10, 30], 0, 20, 1, 0.5, id="begins at the end"),
+    pytest.param([10, 15, 20, 40], 0, 40, 4, 0.75, id="overlapping"),
+    pytest.param([11, 20, 31, 40], 0, 40, 4, 38 / 40, id="some late"),
+    pytest.param([10, 20], 100, 110, 0, 0.0, id="none"),
+])
+def test_samples_and_coverage(conn, calculate, stamps, low, high, samples, coverage):
+    make_park(conn)
+    add_samples(conn, {at(minute): 9 for minute in stamps})
+    calculate(at(low), at(high))
+    result = conn.execute("SELECT result FROM job_steps").fetchone()["result"]
+    assert (result["samples"], result["coverage"]) == (samples, round(coverage, 6))
 
 
 # Requests that cannot be calculated.
@@ -191,13 +208,15 @@ def test_all_unknown_objects_and_alarms_are_named_before_any_step(conn, calculat
     make_park(conn)
     with pytest.raises(jobs.JobRequestError):
         calculate(objects=["LAN-77", "LAN-01", "LAN-78"], alarms=[111, 7, 8])
-    for part in ("unknown object 'LAN-77'", "unknown object 'LAN-78'", "alarms [7, 8] are not defined", "LAN-01"):
+    for part in ("unknown object 'LAN-77'", "unknown object 'LAN-78'",
+                 "alarms [7, 8] are not defined", "LAN-01"):
         assert part in comment(conn)
     assert conn.execute("SELECT count(*) FROM job_steps").fetchone()["count"] == 0
 
 
 def test_a_circle_of_important_alarms_is_named(conn, calculate):
-    make_park(conn, alarms={1: (trigger(), [3]), 2: (trigger(), [1]), 3: (trigger(), [2]), 4: (trigger(), [])})
+    make_park(conn, alarms={1: (trigger(), [3]), 2: (trigger(), [1]), 3: (trigger(), [2]),
+                            4: (trigger(), [])})
     with pytest.raises(jobs.JobRequestError):
         calculate(alarms=[1, 2, 4])
     assert "goes round in a circle: " in comment(conn)
@@ -206,9 +225,12 @@ def test_a_circle_of_important_alarms_is_named(conn, calculate):
 
 @pytest.mark.parametrize(("rule", "problem"), [
     ({}, "$: 'threshold_value' is a required property"),
+    (trigger() | {"hysteresis": 2}, "'hysteresis' was unexpected"),
+    (trigger(min_duration="60"), "$.min_duration: '60' is not of type 'number'"),
+    (trigger(max_gap=-1), "$.max_gap: -1 is less than the minimum of 0"),
     ([], "$: [] is not of type 'object'"),
     (trigger() | {"trigger_type": "count"}, "$.trigger_type: 'threshold' was expected"),
-    (trigger() | {"threshold_type": "above"}, "$.threshold_type: 'above' is not one of ['high', 'low']"),
+    (trigger("above"), "$.threshold_type: 'above' is not one of ['high', 'low']"),
     (trigger() | {"threshold_value": "10"}, "$.threshold_value: '10' is not of type 'number'"),
     (trigger() | {"threshold_value": 10**400}, "$.threshold_value: 1000"),
     (trigger() | {"feature_name": 7}, "$.feature_name: 7 is not of type 'string'"),
@@ -225,20 +247,43 @@ def test_a_malformed_trigger_fails_its_step_and_says_why(conn, calculate, rule, 
     assert len(history(conn, 111)) == 1
 
 
-def test_a_mended_trigger_and_what_depends_on_it_are_calculated_by_retry(conn, calculate):
-    make_park(conn, alarms={111: ({}, []), 112: (trigger(value=8), [111]), 113: (trigger(value=8), [])})
-    add_samples(conn, every_ten_minutes([9, 11]))
-    assert len(calculate(alarms=[111, 112, 113])) == 2
-    assert "more important alarm" in conn.execute(
-        "SELECT comment FROM job_steps WHERE name = 'LAN-01 / alarm 112'").fetchone()["comment"]
-    assert history(conn, 112) == []  # not the wrong periods
+def test_a_trigger_python_cannot_read_fails_its_step(conn, calculate):
+    make_park(conn)
+    conn.execute("UPDATE alarms SET trigger = "
+                 "jsonb_set(trigger, '{threshold_value}', to_jsonb(1e5000))")
+    assert len(calculate()) == 1
+    assert "Malformed trigger of alarm 111" in comment(conn, "job_steps")
 
-    conn.execute("UPDATE alarms SET trigger = %s WHERE manufacturer_id = 111", [jobs.Jsonb(trigger(value=10))])
+
+def test_a_retried_step_settles_the_alarms_that_were_calculated_meanwhile(conn, calculate):
+    make_park(conn, alarms={111: ({}, []), 112: (trigger(value=8), [111])})
+    add_samples(conn, every_ten_minutes([9, 11]))
+    assert len(calculate(alarms=[111, 112])) == 1
+    assert history(conn) == [("LAN-01", 112, at(0), at(20))]
+
+    define(conn, 111, trigger=trigger(value=10))
     control.retry_job(conn, 1)
-    job = claim(current_worker(), "Alarm Calculation")
-    assert jobs.take_up(current_worker(), job).run() == []
-    assert history(conn, 111) == [("LAN-01", 111, at(10), at(20))]
-    assert history(conn, 112) == [("LAN-01", 112, at(0), at(10))]
+    assert run_claimed() == []
+    assert history(conn) == [("LAN-01", 111, at(10), at(20)), ("LAN-01", 112, at(0), at(10))]
+
+
+@pytest.mark.parametrize(("sql", "problem"), [
+    ("DELETE FROM alarms", "was deleted after the job was created"),
+    ("UPDATE objects SET object_model_id = 2", "no longer of the model 'G97'"),
+    ("UPDATE alarms SET non_overlapping_alarms = '{111}'", "goes round in a circle: 111 -> 111"),
+])
+def test_what_changed_since_the_job_was_created_fails_its_step(conn, ask, dsn, sql, problem):
+    make_park(conn)
+    conn.execute("INSERT INTO object_models (id, object_type_id, name) VALUES (2, 1, 'V90')")
+    add_samples(conn, every_ten_minutes([11]))
+    with contextlib.closing(Worker(dsn)) as worker:
+        use_worker(worker)
+        job = alarm_calc.JobAlarmCalc(ask())
+        conn.execute(sql)
+        assert len(job.run()) == 1
+        use_worker(None)
+    assert problem in comment(conn, "job_steps")
+    assert history(conn) == []
 
 
 @pytest.mark.parametrize(("change", "problem"), [
@@ -296,7 +341,8 @@ def days(conn):
         high = periods(wind, lambda v: v > 13, start, end)
         middle = without(periods(wind, lambda v: v > 10, start, end), high)
         low = without(without(periods(power, lambda v: v < 10, start, end), high), middle)
-        expected += [(name, number, *p) for number, found in ((111, high), (112, middle), (113, low)) for p in found]
+        expected += [(name, number, *p) for number, found in
+                     ((111, high), (112, middle), (113, low)) for p in found]
     return start, end, sorted(expected)
 
 
@@ -330,31 +376,20 @@ def test_many_workers_at_once_give_the_same_rows(conn, ask, days, run_handler):
     assert history(conn) == expected
 
 
-def test_two_calculations_of_one_alarm_take_turns(conn, dsn, ask):
+def test_two_calculations_of_one_object_take_turns(conn, dsn, ask, start_handler):
     """The second one must see what the first has committed while it was waiting."""
     make_park(conn)
     add_samples(conn, every_ten_minutes([11] * 6))
-    with perfdb.connect(dsn) as first, ThreadPoolExecutor(1) as pool:
-        ids = [ask(at(0), at(30)), ask(at(30), at(60))]
-        steps = [conn.execute("INSERT INTO job_steps (job_instance_id, position, object_id, alarm_id) "
-                              "VALUES (%s, 1, 1, 1) RETURNING id", [job_id]).fetchone()["id"] for job_id in ids]
-        with first.transaction():
-            compute(first, steps[0], at(0), at(30))
-            second = pool.submit(compute_alone, dsn, steps[1], at(30), at(60))
-
-            wait_for(lambda: conn.execute("SELECT 1 FROM pg_locks WHERE NOT granted").fetchone())
-        second.result(timeout=20)
+    ask(at(30), at(60))
+    with perfdb.connect(dsn) as first, first.transaction():
+        first.execute(alarm_calc.TAKE_TURNS_SQL, {"object_id": 1})
+        handler = start_handler("--once")
+        wait_for(lambda: conn.execute("SELECT 1 FROM pg_locks WHERE NOT granted").fetchone())
+        for table in ("alarms_detected", "alarms_history"):
+            first.execute(f"INSERT INTO {table} (object_id, alarm_id, start_time, end_time) "
+                          "VALUES (1, 1, %s, %s)", [at(0), at(30)])
+    assert handler.wait(20) == 0
     assert history(conn) == [("LAN-01", 111, at(0), at(60))]
-
-
-def compute(connection, step_id, start, end):
-    connection.execute(alarm_calc.TAKE_TURNS_SQL, {"step_id": step_id})
-    connection.execute(alarm_calc.CALCULATE_SQL, {"step_id": step_id, "start": start, "end": end, "alarms": 1})
-
-
-def compute_alone(dsn, *args):
-    with perfdb.connect(dsn) as connection, connection.transaction():
-        compute(connection, *args)
 
 
 # A real turbine's year.
@@ -372,7 +407,8 @@ def real_year():
     return power, wind
 
 
-def test_a_real_year_at_once_or_in_months_is_what_plain_python_gives(conn, calculate, real_year):
+def test_a_real_year_at_once_or_in_months_is_what_plain_python_gives(conn, calculate, real_year,
+                                                                     ask, run_handler):
     power, wind = real_year
     make_park(conn, alarms={1: (trigger("high", "wind_speed", 15), []),
                             2: (trigger("high", "active_power", 3500), [1]),
@@ -385,16 +421,25 @@ def test_a_real_year_at_once_or_in_months_is_what_plain_python_gives(conn, calcu
     storm = periods(wind, lambda v: v > 15, start, end)
     full = without(periods(power, lambda v: v > 3500, start, end), storm)
     still = periods(power, lambda v: v < 10, start, end)
-    expected = sorted(("LAN-01", n, *p) for n, found in ((1, storm), (2, full), (3, still)) for p in found)
+    expected = sorted(("LAN-01", n, *p) for n, found in ((1, storm), (2, full), (3, still))
+                      for p in found)
     assert min(len(storm), len(full), len(still)) > 50
 
-    months = [(datetime(2018, m, 1, tzinfo=UTC), datetime(2018 + m // 12, m % 12 + 1, 1, tzinfo=UTC))
-              for m in range(1, 13)]
+    firsts = [*(datetime(2018, month, 1, tzinfo=UTC) for month in range(1, 13)), end]
+    months = list(itertools.pairwise(firsts))
     random.Random(2018).shuffle(months)
     for window in months:
         assert calculate(*window, alarms=[1, 2, 3]) == []
     assert history(conn) == expected
 
-    conn.execute("TRUNCATE alarms_history")
+    conn.execute("TRUNCATE alarms_history, alarms_detected")
     assert calculate(start, end, alarms=[1, 2, 3]) == []
     assert history(conn) == expected
+
+    conn.execute("TRUNCATE alarms_history, alarms_detected")
+    jobs_of_the_year = [(window, number) for window in months for number in (1, 2)]
+    random.Random(2019).shuffle(jobs_of_the_year)
+    for window, number in jobs_of_the_year:
+        ask(*window, alarms=[number])
+    run_handler("--once", "--workers", "3")
+    assert history(conn) == [row for row in expected if row[1] in (1, 2)]
