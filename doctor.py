@@ -18,6 +18,7 @@ import psycopg
 from control import TYPE_NAMES_SQL
 from doctor_database import CHECKS as DATABASE_CHECKS
 from doctor_database import Note
+from doctor_plant import CHECKS as PLANT_CHECKS
 from doctor_schema import schema
 from jobs import JOB_TYPES, parameter_problems
 from parameters import schema_problems
@@ -366,7 +367,8 @@ def pooler(connection: psycopg.Connection, other: psycopg.Connection) -> Finding
 
 CHECKS: list[Check] = [
     schema, types, failures, orphans, waiting, schedules, failed_windows, long_steps, rights,
-    old_transactions, old_code, vacuum, connections, clock, *DATABASE_CHECKS]
+    old_transactions, old_code, vacuum, connections, clock, *DATABASE_CHECKS,
+    *PLANT_CHECKS]
 
 
 def examine(connection: psycopg.Connection, other: psycopg.Connection,
