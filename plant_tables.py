@@ -192,8 +192,10 @@ SELECT 'feature ' || m.name || ' / ' || f.name, f.id,
 # What the operator is told to run if they are not wanted any more.
 DELETE_ORPHANS = {
     "objects": ("DELETE FROM feature_values WHERE object_id = {id};",
-                "DELETE FROM alarms_history WHERE object_id = {id};"),
-    "alarms": ("DELETE FROM alarms_history WHERE alarm_id = {id};",),
+                "DELETE FROM alarms_history WHERE object_id = {id};",
+                "DELETE FROM alarms_detected WHERE object_id = {id};"),
+    "alarms": ("DELETE FROM alarms_history WHERE alarm_id = {id};",
+               "DELETE FROM alarms_detected WHERE alarm_id = {id};"),
     "features": ("DELETE FROM feature_values WHERE feature_id = {id};",),
 }
 
