@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from helpers import wait_for
+from helpers import flush_statistics, wait_for
 from park import (
     DAY,
     MIDNIGHT,
@@ -50,7 +50,7 @@ def test_a_plan_made_on_an_empty_history_does_not_read_it_whole_later(conn, dsn,
     worker = Worker(dsn)
     use_worker(worker)
     alarm_calc.JobAlarmCalc(job_id).run()
-    worker.connection.execute("SELECT pg_stat_force_next_flush()")
+    flush_statistics(worker.connection)
     (read,) = conn.execute("SELECT sum(t.seq_tup_read + i.idx_tup_read) "
                            "FROM pg_stat_user_tables t JOIN pg_stat_user_indexes i USING (relid) "
                            "WHERE t.relname LIKE 'alarms\\_%'").fetchone().values()

@@ -6,7 +6,7 @@ import threading
 import psycopg
 import pytest
 import sample_jobs
-from helpers import claim, wait_for
+from helpers import claim, flush_statistics, wait_for
 
 import control
 import handler
@@ -304,7 +304,7 @@ def small_tables(conn, dsn):
         jobs.take_up(worker, job).run()
 
     def read_whole(table):
-        worker.connection.execute("SELECT pg_stat_force_next_flush()")
+        flush_statistics(worker.connection)
         row = conn.execute("SELECT seq_scan FROM pg_stat_user_tables WHERE relname = %s", [table]).fetchone()
         return row["seq_scan"]
     yield worker, read_whole

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 import psycopg
 import pytest
 import sample_jobs
-from helpers import claim
+from helpers import claim, flush_statistics
 
 import control
 import jobs
@@ -452,7 +452,7 @@ def test_a_refused_job_is_looked_at_anew_by_retry(insert, row, conn, worker):
 def test_a_steps_life_stays_on_its_page(insert, conn, worker):
     job = sample_jobs.Scripted(insert(steps=["ok"] * 300))
     job.run()
-    worker.connection.execute("SELECT pg_stat_force_next_flush()")
+    flush_statistics(worker.connection)
     updated = conn.execute("SELECT n_tup_upd, n_tup_hot_upd FROM pg_stat_user_tables "
                            "WHERE relname = 'job_steps'").fetchone()
     assert updated["n_tup_upd"] == 600
