@@ -53,8 +53,8 @@ demo-bazefield: $(STAMP) ## Run both Bazefield jobs against a stand-in server
 	@$(PYTHON) examples/demo_bazefield.py
 
 .PHONY: chaos
-chaos: $(STAMP) ## Kill, stop and cut off workers for two minutes; print what was lost
-	@$(PYTHON) tests/chaos.py
+chaos: $(STAMP) ## Kill, cut off, crash for six minutes; print what was lost (P="silent pool" to pick)
+	@$(PYTHON) tests/chaos.py $(P)
 	@$(PYTHON) tests/scenes.py
 
 .PHONY: mutants
