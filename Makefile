@@ -53,8 +53,8 @@ demo-bazefield: $(STAMP) ## Run both Bazefield jobs against a stand-in server
 	@$(PYTHON) examples/demo_bazefield.py
 
 .PHONY: chaos
-chaos: $(STAMP) ## Kill and cut off workers, count what was lost; thousands of random alarms
-	@$(PYTHON) tests/chaos.py
+chaos: $(STAMP) ## Kill, cut off, crash; all orders; random alarms: what was lost (P="silent pool")
+	@$(PYTHON) tests/chaos.py $(P)
 	@$(PYTHON) tests/scenes.py
 	@$(PYTHON) tests/alarm_chaos.py
 

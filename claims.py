@@ -111,7 +111,8 @@ candidate AS (
      LIMIT 1
 )"""
 
-# Not waiting for the disk: a claim that a crash of the server forgets leaves the job free, as it was.
+# Alone it does not wait for the disk: a claim that a crash of the server forgets leaves the job free,
+# as it was. One that shares its commit with the end of a job does: what was Finished stays so.
 # last_state_change: from here on the job is being taken up, and that has its limit too.
 CLAIM_SQL = f"""
 WITH {CANDIDATE_CTE}
@@ -121,7 +122,8 @@ UPDATE job_instances j
   FROM candidate, job_types t
  WHERE j.id = candidate.id
    AND t.id = j.job_type_id
-RETURNING {JOB_COLUMNS}, set_config('synchronous_commit', 'off', true)
+RETURNING {JOB_COLUMNS},
+          CASE WHEN %(alone)s THEN set_config('synchronous_commit', 'off', true) END
 """  # noqa: S608
 
 
@@ -136,13 +138,14 @@ class Wanted:
     def of(cls, types: Sequence[str], with_tests: bool = False) -> Wanted:
         return cls(json.dumps(list(types)), with_tests)
 
-    def values(self, worker: Worker) -> dict[str, Any]:
-        return {"types": self.types, "with_tests": self.with_tests, "worker_id": worker.id}
+    def values(self, worker: Worker, alone: bool) -> dict[str, Any]:
+        return {"types": self.types, "with_tests": self.with_tests, "worker_id": worker.id,
+                "alone": alone}
 
 
 def claim(worker: Worker, wanted: Wanted) -> Job | None:
     """Take the most urgent due job and return it, None if there is none."""
-    row = worker.execute(CLAIM_SQL, wanted.values(worker), over=True).fetchone()
+    row = worker.execute(CLAIM_SQL, wanted.values(worker, alone=True), over=True).fetchone()
     return row and Job(*row[:-1])
 
 

@@ -386,7 +386,8 @@ def _leave(worker: Worker, job_id: int, sql: str, values: Mapping[str, Any],
     if wanted is None:
         row, claimed = worker.execute(sql, values, over=True).fetchone(), None
     else:
-        row, claimed = worker.execute_both(sql, values, CLAIM_SQL, wanted.values(worker))
+        row, claimed = worker.execute_both(sql, values, CLAIM_SQL,
+                                           wanted.values(worker, alone=False))
     next_job = claimed and Job(*claimed[:-1])
     if row:
         return Outcome(row[0], next_job)

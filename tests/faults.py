@@ -162,6 +162,11 @@ def restart_server(chaos: Chaos) -> None:
         chaos.inject(chaos.server.restart, job_id)
 
 
+DONE_SQL = """
+SELECT 'step', id FROM job_steps     WHERE state = 'Finished'
+ UNION ALL
+SELECT 'job',  id FROM job_instances WHERE state = 'Finished'
+"""
 UNFLUSHED_SQL = "SELECT (pg_current_wal_insert_lsn() - pg_current_wal_flush_lsn())::bigint"
 
 
@@ -170,12 +175,16 @@ def crash_server(chaos: Chaos) -> None:
     chaos.rows("ALTER SYSTEM SET wal_writer_delay = '10s'")
     chaos.rows("SELECT pg_reload_conf()")
     unflushed = 0
+    chaos.let_end()
     for _ in range(10):
-        chaos.ask(30, "ok")
-        chaos.ask(2)
+        chaos.ask(200, "ok", steps=1)
+        chaos.ask(1)
         time.sleep(0.5 * random.random())
         unflushed += chaos.rows(UNFLUSHED_SQL)[0][0]
+        done = set(chaos.rows(DONE_SQL))
         chaos.inject(chaos.server.restart)
+        forgotten = done.difference(chaos.rows(DONE_SQL))
+        chaos.check(not forgotten, f"Finished no more: {forgotten}")
     chaos.check(unflushed > 0, "all had been on the disk each time: nothing could be forgotten")
     chaos.blame_nobody()
 

@@ -11,6 +11,7 @@ from helpers import claim, flush_statistics, wait_for
 import control
 import handler
 import jobs
+import life
 from worker import MANY_STEPS, PLANS_SECONDS, Worker, use_worker
 
 SAMPLES = ("--module", "sample_jobs")
@@ -288,6 +289,20 @@ def test_a_long_job_waits_for_the_disk_once_per_step(conn, dsn, server):
     job.run()
     waiting = [sql for sql in statements if "'synchronous_commit', 'off'" not in sql]
     assert len(waiting) == 200
+    use_worker(None)
+    worker.close()
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_the_end_of_a_job_waits_for_the_disk_whether_or_not_another_is_claimed_with_it(dsn, more):
+    worker = Worker(dsn, handler.JobHandler(dsn, types=["Noop"]))
+    control.write_types(worker.connection, ["Noop"])
+    job_id, *_ = control.create_jobs(worker.connection, "Noop", [{}] * (1 + more))
+    jobs.take_up(worker, claim(worker, "Noop"))
+    with worker.connection.transaction():
+        ended = life.end(worker, job_id, life.StepEnd("Finished"), "Finished", None)
+        assert (ended.next_job is not None) == bool(more)
+        assert worker.connection.execute("SHOW synchronous_commit").fetchone() == ("on",)
     use_worker(None)
     worker.close()
 
