@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 import re
 import signal
 import sys
@@ -28,6 +29,7 @@ import control
 import handler
 import jobs
 import life
+import perfdb
 import worker
 
 if TYPE_CHECKING:
@@ -130,7 +132,7 @@ def trip_of(gen: Any) -> Trip | None:
 @functools.cache
 def name_of(sql: str) -> str | None:
     """Return the name of a statement, None if others cannot tell that it was run."""
-    if not SHARED.search(sql) or sql.startswith("LISTEN"):
+    if not SHARED.search(sql) or sql.startswith("LISTEN") or sql == perfdb.FITNESS_SQL:
         return None
     return Stage.names.get(sql) or " ".join(sql.split()[:3])
 
@@ -156,7 +158,7 @@ class Actor(threading.Thread):
         self.calls = ""              # which function of life.py it is in
         self.is_blocked = self.is_dead = self.is_stopped = self.is_done = False
         self.may_be_ended = False    # by somebody who finds that it hangs
-        self.handler: handler.JobHandler | None = None
+        self.handler: Directed | None = None
         self.result: Any = None
 
     def run(self) -> None:
@@ -235,6 +237,14 @@ class Directed(handler.JobHandler):
     def __init__(self, dsn: str, **kwargs: Any) -> None:
         super().__init__(dsn, once=True, **kwargs)
         self._overruns_at = float("inf")
+        self._pipe = os.fstat(self._wakeup).st_ino
+
+    def close_pipe(self) -> None:
+        """Close what a handler leaves open that has died; not what has got its number since."""
+        for fd in (self._wakeup, self._wakeup_end):
+            with contextlib.suppress(OSError):
+                if os.fstat(fd).st_ino == self._pipe:
+                    os.close(fd)
 
     def _sleep(self, *_: Any) -> bool:
         return False

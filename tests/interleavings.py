@@ -75,9 +75,8 @@ class Run:
             self.stage.park(session)
         self.notice()
         for actor in self.actors.values():
-            if actor.handler and actor.is_dead:
-                os.close(actor.handler._wakeup)
-                os.close(actor.handler._wakeup_end)
+            if actor.handler:
+                actor.handler.close_pipe()
 
     def notice(self) -> None:
         """Have the server notice that nobody is at the other end of a ghost's connection."""
@@ -116,6 +115,7 @@ class Run:
     def do(self, name: str, order: str) -> None:
         """Let it happen, and wait until everybody stands again or waits for a lock."""
         actor = self.actors[name]
+        assert not actor.is_done, f"{name} has gone: {self.path}"
         self.path.append(f"{name} {order} {actor.standing}")
         self.faults -= order in FAULTS
         if order in ("go", "lose"):

@@ -169,7 +169,7 @@ def of_recovery() -> Iterator[Mutant]:
 
 def of_reconnecting() -> Iterator[Mutant]:
     yield Mutant("the lock is not taken at reconnect", "worker.py",
-                 r"(\nLOCK_SQL = \"SELECT [^\n]*), pg_advisory_lock\(%\(worker_id\)s\)", r"\1",
+                 r"(\nLOCK_SQL = [^;]*?), pg_advisory_lock\(%\(worker_id\)s[:a-z]*\)", r"\1",
                  scene("cut off"))
     yield of("END_FORMER_SESSIONS_SQL", "worker.py", r"\n   AND pid <> pg_backend_pid\(\)", "",
              "test_interleavings.py test_recovery.py", "its own exclusion")

@@ -216,6 +216,17 @@ def test_a_connection_lost_in_a_step_is_not_its_fault(begin):
         ("Finished", 2), ("Finished", 1)]
 
 
+def test_claims_pass_over_a_type_whose_turn_is_held(begin):
+    """A worker that hangs at the COMMIT of its last step has claimed with it."""
+    run = begin((Job(), Job(), Job(type_name="Another")), limits=LIMITED)
+    run.until("A", "end")
+    run.do("A", "go")
+    assert run.actors["A"].standing == "COMMIT"
+    run.until("B")
+    assert not run.actors["B"].is_blocked
+    assert the_job(run, 3)[0] == "Finished"
+
+
 def test_a_claim_waits_for_nobody(begin):
     """Somebody has claimed the first job and not committed: the next one is taken meanwhile."""
     run = begin((Job(), Job()), "A", acts=("hold 0",))
