@@ -80,7 +80,7 @@ HELD_BY_OTHER = {
 CANCELLED = {
     "RELEASE_SQL": play("test_a_cancelled_job_is_released_as_Failed"),
     "REFUSE_SQL": scene("refused"),
-    "BEGIN_SQL": scene("resumed"),
+    "BEGIN_SQL": play("test_a_cancel_wins_over_the_begin_of_a_queued_job"),
     "END_SQL": play("test_a_cancel_while_the_last_step_runs_wins"),
     "AGAIN_SQL": play("test_a_cancel_while_the_last_step_runs_wins"),
     "HAND_BACK_SQL": play("test_a_cancel_wins_over_a_stop"),
@@ -199,7 +199,7 @@ def of_claims() -> Iterator[Mutant]:
     yield Mutant("job_type_has_room does not count what is Running in nobody's hand", "schema.sql",
                  r"(j\.job_type_id = job_type_has_room\.job_type_id\n\s+)"
                  r"AND \(j\.worker_id IS NOT NULL OR j\.state = 'Running'\)",
-                 r"\1AND j.worker_id IS NOT NULL", scene("taken away of a limited type"))
+                 r"\1AND j.worker_id IS NOT NULL", play("test_a_job_taken_away_while_it_runs_takes_its_room"))
     yield Mutant("due jobs without SKIP LOCKED", "schedules.py",
                  r"FOR UPDATE (OF \w+ )?SKIP LOCKED", "FOR UPDATE",
                  play("test_jobs_that_are_due_are_created_by_one"))

@@ -388,10 +388,9 @@ SMALL = (
           limits=TWICE),
     Scene("taken away with another to come", PLAIN, "A", acts=("hand 1",)),
     Scene("refused", (Job(("ok", 1)),), "A", acts=("hand 1", "cancel 1")),
-    Scene("resumed", (Job(("ok",), queued=True),), "A", acts=("hand 1", "cancel 1")),
+    Scene("resumed", (Job(("ok",), queued=True),), "A", acts=("hand 1",)),
     Scene("two types of one each", (Job(("ok",)), Job(("ok",), "Another")), limits=LIMITED),
     Scene("one of two at once", TWO, limits=LIMITED),
-    Scene("taken away of a limited type", TWO, "A", acts=("hand 2", "hold 0"), limits=LIMITED),
     Scene("a claim that hangs", TWO, "A", acts=("hold 0",), limits=LIMITED),
 )
 
@@ -401,6 +400,7 @@ HIT = {"faulty": "AB", "faults": MANY}
 #: for make chaos: what the small ones have, together
 LARGE = (
     Scene("two workers, hit once", **HIT, faults_left=1),
+    Scene("resumed and cancelled", (Job(queued=True),), acts=("hand 1", "cancel 1")),
     Scene("two workers, hit twice", **HIT, faults_left=2),
     Scene("hit between any two statements", **HIT, faults_left=1, fine=True),
     Scene("outside a transaction", (Job(("ok", "error", "ok"), "Plain"),), **HIT, faults_left=1,
@@ -410,6 +410,7 @@ LARGE = (
     Scene("taken away and cancelled, hit once", **HIT, faults_left=1, acts=("hand 1", "cancel 1")),
     Scene("a key asked for again", (Job(("error",), key="k"), Job(("ok",), "Plain")), **HIT,
           faults_left=1, acts=("cancel 1", "again 1")),
+    Scene("taken away of a limited type", TWO, "A", acts=("hand 2", "hold 0"), limits=LIMITED),
     Scene("two of a limited type", TWO, **HIT, faults_left=1, limits=LIMITED,
           acts=("hand 1", "hand 2")),
     Scene("two limited types", (*TWO, Job(type_name="Another")), **HIT, faults_left=1,

@@ -7,7 +7,7 @@ import pytest
 import scenes
 from gates import Stage
 from interleavings import Run
-from scenes import LIMITED, ONE, REASON, TWICE, Job, Scene
+from scenes import LIMITED, ONE, REASON, TWICE, TWO, Job, Scene
 
 import control
 import life
@@ -114,6 +114,16 @@ def test_a_job_taken_away_before_it_is_queued_stays_free(begin):
     run.do("A", "go")
     assert scenes.too_many(run.scene.rows(run.stage.watch)) == []
     assert [the_job(run, job_id)[0] for job_id in (1, 2)] == ["Created", "Running"]
+
+
+def test_a_job_taken_away_while_it_runs_takes_its_room(begin):
+    """Of a type that may have one, until it has ended."""
+    run = begin(TWO, "A", acts=("hand 2", "hold 0"), limits=LIMITED)
+    run.until("A", "end")
+    run.until("hand 2")
+    run.until("hold 0")       # looks for a job of the type
+    assert scenes.too_many(run.scene.rows(run.stage.watch)) == []
+    assert the_job(run, 1)[0] == "Created"
 
 
 def test_a_worker_ends_every_former_session_of_its_own(begin):
