@@ -111,8 +111,8 @@ candidate AS (
      LIMIT 1
 )"""
 
-# Not waiting for the disk: a claim that a crash of the server forgets leaves the job free, as it was.
-# last_state_change: from here on the job is being taken up, and that has its limit too.
+# Not waiting for the disk: a claim that a crash of the server forgets leaves the job free, as it
+# was. last_state_change: from here on the job is being taken up, and that has its limit too.
 CLAIM_SQL = f"""
 WITH {CANDIDATE_CTE}
 UPDATE job_instances j

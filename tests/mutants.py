@@ -212,7 +212,7 @@ def of_code() -> Iterator[Mutant]:
     yield Mutant("the effect of a failed step is not rolled back", "jobs.py",
                  r"with in_transaction:", "with contextlib.nullcontext():", scene("cancelled"))
     yield Mutant("a lost connection is the step's fault (_run_limited)", "jobs.py",
-                 r"            if self\._worker\.connection\.closed:  # not[^\n]*\n[^\n]*\n", "",
+                 r"            if self\._worker\.connection\.closed:  # not(?:[^\n]*\n){3}", "",
                  play("test_a_connection_lost_in_a_step_is_not_its_fault"))
     yield Mutant("a lost connection is the step's fault (_work)", "jobs.py",
                  r"            if says_nothing_about_the_job\(self\._worker, exc\):\n"
