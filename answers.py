@@ -49,8 +49,8 @@ def checked_result(result: Any) -> str | None:
     if problems:
         raise JobRequestError("\n  ".join([
             "The step's result is no JSON object, so it is not stored:", *problems,
-            "accepted: None, or a dict with text keys whose values are text, int, float, bool, None, "
-            "lists and such dicts"]))
+            "accepted: None, or a dict with text keys whose values are text, int, float, bool, "
+            "None, lists and such dicts"]))
     return json.dumps(result)
 
 

@@ -111,8 +111,8 @@ candidate AS (
      LIMIT 1
 )"""
 
-# Alone it does not wait for the disk: a claim that a crash of the server forgets leaves the job free,
-# as it was. One that shares its commit with the end of a job does: what was Finished stays so.
+# Alone it does not wait for the disk: a claim that a crash of the server forgets leaves the job
+# free, as it was. One that shares its commit with a job's end does: what was Finished stays so.
 # last_state_change: from here on the job is being taken up, and that has its limit too.
 CLAIM_SQL = f"""
 WITH {CANDIDATE_CTE}

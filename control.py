@@ -25,7 +25,8 @@ TYPE_NAMES_SQL = "SELECT name FROM job_types ORDER BY name"
 
 CHANGED_TYPES_SQL = """
 SELECT known.name
-  FROM jsonb_to_recordset(%(types)s::jsonb) AS known(name text, description text, parameters_schema jsonb)
+  FROM jsonb_to_recordset(%(types)s::jsonb)
+       AS known(name text, description text, parameters_schema jsonb)
  WHERE NOT EXISTS (
          SELECT FROM job_types t
           WHERE t.name = known.name
@@ -38,7 +39,8 @@ SELECT known.name
 WRITE_TYPES_SQL = """
 WITH known AS (
     SELECT name, description, parameters_schema
-      FROM jsonb_to_recordset(%(types)s::jsonb) AS t(name text, description text, parameters_schema jsonb)
+      FROM jsonb_to_recordset(%(types)s::jsonb)
+           AS t(name text, description text, parameters_schema jsonb)
 ), changed AS (
     UPDATE job_types t
        SET description = known.description, parameters_schema = known.parameters_schema
@@ -120,7 +122,8 @@ def write_types(connection: psycopg.Connection, names: Sequence[str] | None = No
     Nothing is written, and no schema checked, where the table has it all. Raise `ValueError` if a
     schema that is to be written is none.
     """
-    types = [{"name": name, "description": (JOB_TYPES[name].__doc__ or "").strip().partition("\n")[0],
+    types = [{"name": name,
+              "description": (JOB_TYPES[name].__doc__ or "").strip().partition("\n")[0],
               "parameters_schema": dict(JOB_TYPES[name]._parameters_schema)}
              for name in (JOB_TYPES if names is None else names)]
     changed = {name for (name,) in query(connection, CHANGED_TYPES_SQL, {"types": Jsonb(types)})}
@@ -148,10 +151,11 @@ def create_job(connection: psycopg.Connection, type_name: str, parameters: dict[
             return rows[0][0]  # else that job has just ended: ask again
 
 
-def create_jobs(connection: psycopg.Connection, type_name: str, parameters: Sequence[dict[str, Any]],
-                description: str = "", *, priority: int = 0, run_after: datetime | None = None,
+def create_jobs(connection: psycopg.Connection, type_name: str,
+                parameters: Sequence[dict[str, Any]], description: str = "", *,
+                priority: int = 0, run_after: datetime | None = None,
                 unique_key: str | None = None) -> list[int]:
-    """Ask for one job per element of `parameters`, all or none, and return the new ids in that order.
+    """Ask for one job per element of `parameters`, all or none; return the new ids in that order.
 
     Raise `JobRequestError` if the type is unknown or any parameters do not fit it.
     """
@@ -161,8 +165,12 @@ def create_jobs(connection: psycopg.Connection, type_name: str, parameters: Sequ
         "priority": priority, "run_after": run_after, "unique_key": unique_key})]
 
 
-def check_request(connection: psycopg.Connection, type_name: str, parameters: Sequence[dict[str, Any]]) -> int:
-    """Return the id of the job type; `JobRequestError` if it is unknown or any `parameters` do not fit it."""
+def check_request(connection: psycopg.Connection, type_name: str,
+                  parameters: Sequence[dict[str, Any]]) -> int:
+    """Return the id of the job type.
+
+    Raise `JobRequestError` if it is unknown or any `parameters` do not fit it.
+    """
     if not (rows := query(connection, TYPE_SQL, [type_name])):
         raise JobRequestError(unknown_type(connection, type_name))
     type_id, schema = rows[0]
@@ -172,7 +180,8 @@ def check_request(connection: psycopg.Connection, type_name: str, parameters: Se
     for number, one in enumerate(parameters):
         found = (parameter_problems(JOB_TYPES[type_name], one) if type_name in JOB_TYPES
                  else schema_problems(one, schema) or period_problems(one))
-        problems += found if len(parameters) == 1 else [f"job {number}: {problem}" for problem in found]
+        problems += (found if len(parameters) == 1 else
+                     [f"job {number}: {problem}" for problem in found])
     if problems:
         raise JobRequestError(explain_parameters(problems, schema))
     return type_id
@@ -181,11 +190,12 @@ def check_request(connection: psycopg.Connection, type_name: str, parameters: Se
 def unknown_type(connection: psycopg.Connection, type_name: str) -> str:
     """Return the text that says which job types there are instead of `type_name`."""
     names = ", ".join(repr(name) for (name,) in query(connection, TYPE_NAMES_SQL)) or "none"
-    return f"there is no job type {type_name!r}; known: {names} (a new one: jobctl.py init --module NAME)"
+    return (f"there is no job type {type_name!r}; known: {names} "
+            "(a new one: jobctl.py init --module NAME)")
 
 
 def cancel_job(connection: psycopg.Connection, job_id: int, reason: str = "") -> str:
-    """Cancel an unfinished job and return its state: Failed at once, or what it is until its next step.
+    """Cancel an unfinished job; return its state: Failed at once, or the one until its next step.
 
     Whatever happens to it then, it ends Failed with this reason. Raise `ValueError` if there is no
     such job or it has ended.

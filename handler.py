@@ -7,8 +7,9 @@ From cron, every minute; runs may overlap, they share the work, and cron mails o
 Or for ever, from systemd: python handler.py --workers 4
 
 The database is $PERFDB_DSN (or libpq's PG* variables), times are in $PERFDB_TIMEZONE (UTC).
-Exit status: 0 all well, or nothing to do; 1 a job failed; 2 wrong usage; 3 no database or no tables.
-SIGTERM or Ctrl-C: the running step is finished and the job handed back; a second one stops at once.
+Exit status: 0 all well, or nothing to do; 1 a job failed; 2 wrong usage; 3 no database or no
+tables. SIGTERM or Ctrl-C: the running step is finished and the job handed back; a second one
+stops at once.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ from pool import Pool, take_signals
 
 log = logging.getLogger("handler")
 
-# The job files. A new job type is one file and its name here, in $PERFDB_MODULES (which survives an
-# upgrade of these files), or after --module.
+# The job files. A new job type is one file and its name here, in $PERFDB_MODULES (which survives
+# an upgrade of these files), or after --module.
 JOB_MODULES = ["alarm_calc", "baze_tag_delete", "baze_insert_alloc"]
 
 OK, JOBS_FAILED, USAGE, NO_DATABASE = 0, 1, 2, 3  # exit status; 2 is argparse's
@@ -93,7 +94,7 @@ class JobHandler(worker.Alone):
         self._setbacks = 0  # turns in a row that the database did not let us finish
         self._refusals = 0  # tries in a row that a server which is there let nobody in
         self._blames = False  # whether the last of them may be the fault of what we have in hand
-        self._said: dict[str, tuple[str, float]] = {}  # duty -> what was logged of it last, and when
+        self._said: dict[str, tuple[str, float]] = {}  # duty -> what was logged of it last, when
         self._introduced = False
         self._woken = False
         self._look_at = self._overruns_at = 0.0
@@ -117,7 +118,7 @@ class JobHandler(worker.Alone):
     # Starting and stopping.
 
     def run(self) -> int:
-        """Run jobs until there are none left (`once`) or a signal comes; return the exit status."""
+        """Run jobs until none are left (`once`) or a signal comes; return the exit status."""
         os.set_blocking(self._wakeup_end, False)
         signal.set_wakeup_fd(self._wakeup_end, warn_on_full_buffer=False)
         try:
@@ -155,11 +156,11 @@ class JobHandler(worker.Alone):
                 job = None  # it is put back with whatever else was in hand
                 self._set_back(exc)
         if job:
-            with contextlib.suppress(psycopg.Error, jobs.JobTakenOver):  # else it is an orphan soon
+            with contextlib.suppress(psycopg.Error, jobs.JobTakenOver):  # else an orphan soon
                 life.release(self.worker, job)
 
     def _be_there(self) -> None:
-        """See to it that there is a connection, nothing left in hand of it, and that we are known."""
+        """See to it that we are connected, with nothing left in hand of it, and known."""
         if self.worker is None:
             self.worker = worker.Worker(self.dsn, self)
         elif self.worker.connection.closed:
@@ -237,7 +238,7 @@ class JobHandler(worker.Alone):
         return allowed
 
     def _run_job(self, job: claims.Job) -> claims.Job | None:
-        """Run a claimed job to its end, whatever becomes of it; return the next one if it was claimed.
+        """Run a claimed job to its end, whatever becomes of it; return the next one if claimed.
 
         Raise `psycopg.Error` if it is to be put back because the database failed.
         """
@@ -273,7 +274,7 @@ class JobHandler(worker.Alone):
     # What is done beside jobs, and waiting.
 
     def _look_after(self) -> bool:
-        """Do what dead and hanging workers and schedules leave to do; return whether there may be work.
+        """Do what dead and hanging workers and schedules leave; return whether there may be work.
 
         At most once in LOOK_SECONDS, however often it is called; the more workers there are, the
         seldomer each looks. What fails here fails alone: it is logged, and the jobs go on.
@@ -323,7 +324,8 @@ class JobHandler(worker.Alone):
             now = time.monotonic()
             if now >= until:
                 return
-            if self._sleep(max(0.0, min(until, self._look_at) - now), self.worker.connection.fileno()):
+            if self._sleep(max(0.0, min(until, self._look_at) - now),
+                           self.worker.connection.fileno()):
                 return  # a NOTIFY, or the end of the connection: the next statement will tell
             if self._look_after():
                 return
@@ -337,7 +339,7 @@ class JobHandler(worker.Alone):
 
 
 def refuses(dsn: str | None) -> bool:
-    """Whether there is a server that takes connections, only not ours; one that starts up does not."""
+    """Whether a server is there that takes connections, only not ours; not one that starts up."""
     conninfo = make_conninfo(dsn or os.environ.get("PERFDB_DSN") or "", connect_timeout=5)
     return psycopg.pq.PGconn.ping(conninfo.encode()) == psycopg.pq.Ping.OK
 
@@ -351,27 +353,33 @@ def run_here(handler: JobHandler) -> int:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--once", action="store_true", help="run everything due, then exit (for cron)")
+    parser.add_argument("--once", action="store_true",
+                        help="run everything due, then exit (for cron)")
     parser.add_argument("--workers", type=positive, default=1, metavar="N",
-                        help="worker processes, one connection each (default 1: this process itself)")
+                        help="worker processes, one connection each "
+                             "(default 1: this process itself)")
     parser.add_argument("--type", action="append", metavar="NAME",
                         help="run only jobs of this type; may be given again (default: all known)")
-    parser.add_argument("--limit", type=positive, metavar="N", help="run at most N jobs, then exit")
+    parser.add_argument("--limit", type=positive, metavar="N",
+                        help="run at most N jobs, then exit")
     parser.add_argument("--poll", type=seconds, default=5.0, metavar="SECONDS",
-                        help="look for jobs at least so often, in case a NOTIFY is missed (default 5)")
+                        help="look for jobs at least so often, in case a NOTIFY is missed "
+                             "(default 5)")
     parser.add_argument("--module", action="append", default=[], metavar="NAME",
                         help="also load the job file NAME.py; may be given again")
     parser.add_argument("--with-tests", action="store_true",
                         help='also run jobs with "test" in their description')
-    parser.add_argument("--dsn", help="where performance_db is (default: $PERFDB_DSN, else the PG* variables)")
+    parser.add_argument("--dsn",
+                        help="where performance_db is (default: $PERFDB_DSN, else the PG* "
+                             "variables)")
     parser.add_argument("-v", "--verbose", action="count", default=0,
                         help="log each job; twice: each step too")
     args = parser.parse_args(argv)
     try:
         load_modules(args.module)
     except ImportError as exc:
-        parser.error(f"{exc}\n  --module and PERFDB_MODULES take names of .py files beside handler.py "
-                     "or on PYTHONPATH")
+        parser.error(f"{exc}\n  --module and PERFDB_MODULES take names of .py files beside "
+                     "handler.py or on PYTHONPATH")
     if unknown := set(args.type or ()) - set(jobs.JOB_TYPES):
         parser.error(f"--type: unknown {', '.join(map(repr, sorted(unknown)))}; "
                      f"known: {', '.join(map(repr, jobs.JOB_TYPES))}")
@@ -406,9 +414,11 @@ def load_modules(names: Sequence[str] = ()) -> None:
         try:
             module = importlib.import_module(name.removesuffix(".py"))
         except Exception as exc:
-            raise ImportError(f"module {name!r} cannot be loaded: {type(exc).__name__}: {exc}") from exc
+            raise ImportError(
+                f"module {name!r} cannot be loaded: {type(exc).__name__}: {exc}") from exc
         if not any(job_type.__module__ == module.__name__ for job_type in jobs.JOB_TYPES.values()):
-            log.warning("module %r registers no job type: a subclass of JobInstance needs a _name", name)
+            log.warning("module %r registers no job type: a subclass of JobInstance needs a _name",
+                        name)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -17,7 +17,18 @@ import metrics
 from control import FILTER_SQL
 from jobs import JOB_TYPES
 from perfdb import query, rows_of
-from tables import age, duration, elapsed, paint, print_json, screen_width, shorten, table, text, visible
+from tables import (
+    age,
+    duration,
+    elapsed,
+    paint,
+    print_json,
+    screen_width,
+    shorten,
+    table,
+    text,
+    visible,
+)
 
 OK, FAILED = 0, 1  # exit status
 ENDED = ("Finished", "Failed")

@@ -313,7 +313,8 @@ COMMANDS: dict[str, tuple[Run, list[Option]]] = {
     "create": (create, [
         *PARAMETERS,
         option("--priority", type=int, default=0, help="higher runs first (default 0)"),
-        option("--run-after", type=moment, metavar="TIME", help="not before 'YYYY-MM-DD HH:MM:SS'"),
+        option("--run-after", type=moment, metavar="TIME",
+               help="not before 'YYYY-MM-DD HH:MM:SS'"),
         option("--unique-key", metavar="KEY", help="at most one unfinished job per key")]),
     "list": (list_jobs, [
         *FILTERS, JSON, EVERY,

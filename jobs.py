@@ -74,13 +74,13 @@ class _StepFailed(Exception):
 class JobInstance:
     """One job, taken up by this thread's worker.
 
-    Subclasses set `_name` and write `_create_steps` and `_run_step`; see README.md for a whole one.
+    Subclasses set `_name` and write `_create_steps` and `_run_step`; README.md has a whole one.
     """
 
     _name: ClassVar[str]
     #: JSON Schema (2020-12) of the job's parameters
     _parameters_schema: ClassVar[Mapping[str, Any]] = {"type": "object"}
-    #: true if steps touch this database only: a step's writes and its Finished mark commit together
+    #: true if steps touch this database only: a step's writes and its Finished commit together
     _step_in_transaction: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -89,8 +89,8 @@ class JobInstance:
             return
         if name in JOB_TYPES:
             raise ValueError(
-                f"job type {name!r} is defined twice: by {cls.__module__}.{cls.__qualname__} and by "
-                f"{JOB_TYPES[name].__module__}.{JOB_TYPES[name].__qualname__}; rename one")
+                f"job type {name!r} is defined twice: by {cls.__module__}.{cls.__qualname__} and "
+                f"by {JOB_TYPES[name].__module__}.{JOB_TYPES[name].__qualname__}; rename one")
         refuse_foreign_refs(cls._parameters_schema, name)
         JOB_TYPES[name] = cls
 
@@ -98,12 +98,13 @@ class JobInstance:
                  delay_steps_creation: bool = False) -> None:
         """Take up job `job_id`: check its parameters, create its steps, state Queued.
 
-        With `skip_test` a job with "test" in its description is left as it is and `run` returns [].
-        With `delay_steps_creation` the subclass calls `_create_database_steps` itself. A Queued job
-        is taken up again only by the handler that has just claimed it: its steps are loaded.
+        With `skip_test` a job with "test" in its description is left as it is and `run` returns
+        []. With `delay_steps_creation` the subclass calls `_create_database_steps` itself. A
+        Queued job is taken up again only by the handler that has just claimed it: its steps are
+        loaded.
 
-        Raise `TypeError` if `job_id` is no int, `ValueError` if the class has no `_name`, there is no
-        such job, its type is another, its state is not Created, or somebody else has it. Raise
+        Raise `TypeError` if `job_id` is no int, `ValueError` if the class has no `_name`, there is
+        no such job, its type is another, its state is not Created, or somebody else has it. Raise
         `JobRequestError` if its parameters are wrong or cannot be turned into steps; the job is
         then Failed with that text.
         """
@@ -138,13 +139,13 @@ class JobInstance:
     def _create_steps(self) -> list[dict[str, Any]]:
         """Return the steps in the order they are to run, [] if there is nothing to do.
 
-        Each is a dict of columns of job_steps: name, object_id, alarm_id, feature_id, parameters; all
-        may be left out. Raise `JobRequestError` if the request cannot be turned into steps.
+        Each is a dict of columns of job_steps: name, object_id, alarm_id, feature_id, parameters;
+        all may be left out. Raise `JobRequestError` if the request cannot be turned into steps.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say how to create its steps")
 
     def _run_step(self, step_id: int) -> Mapping[str, Any] | None:
-        """Run one step, `self.step`; what is returned becomes its `result` (a JSON object or None).
+        """Run one step, `self.step`; what is returned becomes its `result` (JSON object or None).
 
         Raise `JobStepError` if it cannot be done; the other steps run all the same.
         """
@@ -215,7 +216,7 @@ class JobInstance:
         return job
 
     def _take(self) -> None:
-        """Make the job ours, unless the handler has done so; raise `ValueError` if it cannot be."""
+        """Make the job ours, unless the handler has; raise `ValueError` if it cannot be."""
         if self._job.type_name != self._name:
             raise ValueError(f"job {self._job_id} is of type {self._job.type_name!r}, "
                              f"but {type(self).__name__} runs {self._name!r}")
@@ -224,8 +225,8 @@ class JobInstance:
         if self._job.state != "Created":
             raise ValueError(f"job {self._job_id} is in state {self._job.state!r}, not 'Created'")
         if (job := claims.claim_this(self._worker, self._job_id)) is None:
-            raise ValueError(f"job {self._job_id} cannot be taken up here: another worker has it, or "
-                             "as many of its type run as may (job_types.max_running)")
+            raise ValueError(f"job {self._job_id} cannot be taken up here: another worker has it, "
+                             "or as many of its type run as may (job_types.max_running)")
         self._job = job
 
     @contextlib.contextmanager
@@ -255,8 +256,8 @@ class JobInstance:
                                                    self._application_name, begin=self._claimed)
         self._outcome = life.Outcome(state)
         # From JSON, so that a step is told the same whether the job is new or resumed.
-        self._todo = (as_created(step_id, position, step) for position, (step_id, step) in enumerate(
-            zip(self._job_step_ids, json.loads(steps), strict=True), 1))
+        self._todo = (as_created(step_id, position, step) for position, (step_id, step) in
+                      enumerate(zip(self._job_step_ids, json.loads(steps), strict=True), 1))
 
     def _load_steps(self) -> None:
         rows = query(self._worker.connection, STEPS_SQL, {"job_id": self._job_id})
@@ -270,9 +271,9 @@ class JobInstance:
     def run(self) -> list[int]:
         """Run the steps that are left and return the ids of those that failed in this attempt.
 
-        Raise `ValueError` if the steps are not created or the state is not Queued, `JobTakenOver` if
-        the job belongs to another worker by now, `psycopg.Error` if the database does not let the
-        steps' ends be recorded; the job is then to be put back.
+        Raise `ValueError` if the steps are not created or the state is not Queued, `JobTakenOver`
+        if the job belongs to another worker by now, `psycopg.Error` if the database does not let
+        the steps' ends be recorded; the job is then to be put back.
         """
         if self._skipped:
             return []
@@ -305,7 +306,7 @@ class JobInstance:
                 return self._record(step_id, StepEnd("Finished", result=result), next_id)
         except _StepFailed as failed:
             comment = failed.comment
-        except psycopg.Error as exc:  # our own statement, or a COMMIT that refused the step's writes
+        except psycopg.Error as exc:  # our own statement, or a COMMIT that refused its writes
             if says_nothing_about_the_job(self._worker, exc):
                 raise
             comment = self._explain(exc)
@@ -324,20 +325,23 @@ class JobInstance:
             text = checked_result(result)
         except (Exception, SystemExit, StepTimeout) as exc:
             if self._worker.connection.closed:  # not the step's fault; it will run again
-                raise psycopg.OperationalError(f"connection lost in step {step_id}: {exc}") from exc
+                raise psycopg.OperationalError(
+                    f"connection lost in step {step_id}: {exc}") from exc
             raise _StepFailed(self._explain(exc)) from None
-        log.debug("job=%d step=%d state=Finished name=%r", self._job_id, step_id, self._step["name"])
+        log.debug("job=%d step=%d state=Finished name=%r", self._job_id, step_id,
+                  self._step["name"])
         return text
 
     def _explain(self, exc: BaseException) -> str:
         """Return the comment of the running step that failed with `exc`, and write the log."""
         known = isinstance(exc, JobStepError | JobRequestError | StepTimeout)
         log.error("job=%d step=%d state=Failed name=%r: %s", self._job_id, self._step["id"],
-                  self._step["name"], str(exc) or type(exc).__name__, exc_info=None if known else exc)
+                  self._step["name"], str(exc) or type(exc).__name__,
+                  exc_info=None if known else exc)
         return clean(str(exc) if known else unknown(exc), self._worker.connection)
 
     def _leave_no_transaction(self) -> None:
-        """Roll back what a failed step has left open; raise `psycopg.OperationalError` if it cannot be."""
+        """Roll back what a failed step left open; `psycopg.OperationalError` if it cannot be."""
         connection = self._worker.connection
         if connection.info.transaction_status == psycopg.pq.TransactionStatus.ACTIVE:
             connection.close()  # cut off within a request: nobody can say what comes back next

@@ -67,10 +67,10 @@ def release(worker: Worker, job: Job) -> Outcome:
 
 # ------------------------------------------------------------------- Created -> Queued, Running
 
-# The steps and the state Queued in one statement; with begin, which the handler asks for, the job's
-# and its first step's Running as well, since nothing would happen in between. A cancelled job stays
-# Queued: what ends it is told how many steps there were. Not waiting for the disk: if a crash of the
-# server forgets it, the job is Created as before, and no work has been recorded without it.
+# The steps and the state Queued in one statement; with begin, which the handler asks for, the
+# job's and its first step's Running too, since nothing would happen in between. A cancelled job
+# stays Queued: what ends it is told how many steps there were. Not waiting for the disk: if a
+# crash of the server forgets it, the job is Created as before, with no work recorded without it.
 # attempts counted the deaths of workers that took the job up (see worker.py); that is over.
 QUEUE_SQL = """
 WITH job AS (
@@ -134,8 +134,8 @@ ended AS (
        AND s.state = 'Running'
 )"""
 
-# Usually a Created job whose request makes no sense; but whatever goes wrong in a job file, the job
-# ends here and is not left Running in the hands of a worker that has given it up.
+# Usually a Created job whose request makes no sense; but whatever goes wrong in a job file, the
+# job ends here and is not left Running in the hands of a worker that has given it up.
 REFUSE_SQL = f"""
 WITH job AS (
     UPDATE job_instances
@@ -160,8 +160,8 @@ def refuse(worker: Worker, job_id: int, comment: str) -> Outcome:
 
 # ---------------------------------------------------------------------------- Queued -> Running
 
-# Not waiting for the disk: whatever the first step does is recorded by a commit that does wait, and
-# that one carries this one with it.
+# Not waiting for the disk: whatever the first step does is recorded by a commit that does wait,
+# and that one carries this one with it.
 BEGIN_SQL = """
 WITH job AS (
     UPDATE job_instances
@@ -276,15 +276,15 @@ def end(worker: Worker, job_id: int, step: StepEnd, state: str, comment: str | N
 # ---------------------------------------------------------------------------- Running -> Queued
 
 # Its failed steps, and only they, wait for another attempt; the one that fails just now is still
-# Running in the snapshot. The wait doubles up to a day, or is the type's delay where that is longer.
+# Running in the snapshot. The wait doubles up to a day, or is the type's delay where longer.
 AGAIN_SQL = """
 WITH job AS (
     UPDATE job_instances j
        SET state     = 'Queued',
            comment   = %(comment)s,
            attempts  = j.attempts + 1,
-           run_after = now() + GREATEST(t.retry_delay, LEAST(
-                           power(2::float8, LEAST(j.attempts, 20)::float8) * t.retry_delay, interval '1 day')),
+           run_after = now() + GREATEST(t.retry_delay, LEAST(interval '1 day',
+                           power(2::float8, LEAST(j.attempts, 20)::float8) * t.retry_delay)),
            started   = NULL,
            last_state_change = clock_timestamp(),
            worker_id = NULL
@@ -371,7 +371,7 @@ INTERRUPTED = StepEnd("Failed", "Interrupted, and then the job was cancelled")
 
 def end_cancelled(worker: Worker, job_id: int, owner: int | None,
                   step: StepEnd = INTERRUPTED) -> Outcome:
-    """End a job of `owner` (None: nobody's) that was cancelled; raise `JobTakenOver` if it is not."""
+    """End a job of `owner` (None: nobody's) that was cancelled; `JobTakenOver` if it is not."""
     if not worker.execute(CANCELLED_SQL, step.values() | {
             "job_id": job_id, "owner": owner, "application_name": worker.idle_name}).fetchone():
         raise JobTakenOver(f"job {job_id} was taken over; its end is not recorded")

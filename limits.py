@@ -27,8 +27,8 @@ class StepTimeout(KeyboardInterrupt):
 def time_limit(limit: timedelta) -> Iterator[None]:
     """Raise `StepTimeout` in the block once `limit` is over, in a query, a socket or plain Python.
 
-    Processes that were started in the block end with it then. Signals reach the main thread only: in
-    another one there is no limit, and what hangs there is ended by a neighbour (worker.py).
+    Processes that were started in the block end with it then. Signals reach the main thread only:
+    in another one there is no limit, and what hangs there is ended by a neighbour (worker.py).
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -40,7 +40,8 @@ def time_limit(limit: timedelta) -> Iterator[None]:
         for pid in descendants(os.getpid(), begun):
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
-        raise StepTimeout(f"Timed out: longer than the step limit of {limit} (job_types.step_timeout)")
+        raise StepTimeout(
+            f"Timed out: longer than the step limit of {limit} (job_types.step_timeout)")
 
     before = signal.signal(signal.SIGALRM, ring)
     try:
@@ -52,7 +53,7 @@ def time_limit(limit: timedelta) -> Iterator[None]:
 
 
 def descendants(pid: int, since: float) -> list[int]:
-    """Return what `pid` and its children have started since that moment; [] where there is no /proc.
+    """Return what `pid` and its children have started since then; [] where there is no /proc.
 
     `since` is in seconds of the clock that counts from the host's boot, as /proc does.
     """

@@ -200,8 +200,8 @@ def connect_plainly(dsn: str | None = None) -> psycopg.Connection:
 def settlement() -> tuple[str, list[Any]]:
     """Return the statement, and its parameters, that sets again what RESET ALL has taken back.
 
-    Needed only where perfdb.settled is not on: where the startup packet did not reach the server or
-    the database has a transaction_timeout.
+    Needed only where perfdb.settled is not on: where the startup packet did not reach the server
+    or the database has a transaction_timeout.
     """
     return SETTLE_SQL, [Jsonb({"TimeZone": str(time_zone()), "perfdb.settled": "off"}
                               | SESSION_SETTINGS)]

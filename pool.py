@@ -26,9 +26,9 @@ def take_signals(stop: Callable[[int, Any], None]) -> None:
 class Pool:
     """Worker processes; one that dies is replaced.
 
-    `work` is what each does: it is given the pool's process id and returns an exit status. A signal
-    may come twice to it, from the pool and from the terminal or systemd: the pool alone decides what
-    is a second one.
+    `work` is what each does: it is given the pool's process id and returns an exit status. A
+    signal may come twice to it, from the pool and from the terminal or systemd: the pool alone
+    decides what is a second one.
     """
 
     def __init__(self, count: int, work: Callable[[int], int], once: bool) -> None:
@@ -68,8 +68,8 @@ class Pool:
     def _start(self) -> None:
         """Start a worker process, unless we are to stop.
 
-        Signals wait from before that look until the child is known here and can stop there, so none
-        is lost between them.
+        Signals wait from before that look until the child is known here and can stop there, so
+        none is lost between them.
         """
         signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
         if not self._signals:
@@ -91,7 +91,7 @@ class Pool:
             os._exit(status)
 
     def stop(self, _signum: int, _frame: Any) -> None:
-        """Pass the first signal on; a second one kills, and the jobs are found by whoever looks next."""
+        """Pass the first signal on; a second one kills, and whoever looks next finds the jobs."""
         self._signals += 1
         for pid in self.pids:
             os.kill(pid, signal.SIGTERM if self._signals == 1 else signal.SIGKILL)

@@ -143,7 +143,8 @@ def _make_index(connection: psycopg.Connection, statement: str, wrong: Differenc
 
 GRANTS_SQL = """
 SELECT COALESCE(string_agg('GRANT ' || privilege_type || ' ON ' || quote_ident(c.relname::text)
-                           || ' TO ' || COALESCE(quote_ident(r.rolname::text), 'PUBLIC'), '; '), '')
+                           || ' TO ' || COALESCE(quote_ident(r.rolname::text), 'PUBLIC'),
+                           '; '), '')
   FROM pg_class c
  CROSS JOIN aclexplode(c.relacl) AS a
   LEFT JOIN pg_roles r ON r.oid = a.grantee

@@ -1,8 +1,8 @@
 """Who owns a job: the worker's session, its lock, and what dead and hanging workers leave.
 
-A worker's row in job_workers and every job it has in hand carry its random id, and its session holds
-pg_advisory_lock(id). The lock is the lease: PostgreSQL frees it when the connection dies, and then
-every other worker knows at once that the jobs with this id are orphans. No heartbeat, no clock.
+A worker's row in job_workers and every job it has in hand carry its random id, and its session
+holds pg_advisory_lock(id). The lock is the lease: PostgreSQL frees it when the connection dies,
+and then every other worker knows at once that its jobs are orphans. No heartbeat, no clock.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ held AS MATERIALIZED (
        AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
 )"""
 
-# Former sessions of ours that the server has not noticed to be gone still hold the lock. Only those
-# this process knows of: somebody who recovers our jobs holds the lock for a moment, too.
+# Former sessions of ours that the server has not noticed to be gone still hold the lock. Only
+# those this process knows of: somebody who recovers our jobs holds it for a moment, too.
 END_FORMER_SESSIONS_SQL = f"""
 WITH {HELD_CTE}
 SELECT pg_terminate_backend(pid)
@@ -162,7 +162,7 @@ class Worker:
 
     def execute_both(self, first: str, first_params: Mapping[str, Any],
                      second: str, second_params: Mapping[str, Any]) -> tuple[Any, Any]:
-        """Run two statements between two jobs, in one round trip and one commit; return a row of each."""
+        """Run two statements between two jobs, in one round trip and commit; return their rows."""
         self._restore_client()
         with self.connection.pipeline() as pipeline:
             if self._lent_to_job or self._plans_are_old():
@@ -201,10 +201,10 @@ class Worker:
             self.forget_plans()
 
     def forget_plans(self) -> None:
-        """Have all statements planned anew: before a job of many steps, and between jobs once a second.
+        """Plan all statements anew: before a job of many steps, and between jobs once a second.
 
-        PostgreSQL keeps the plans of a session's statements. Made while a table was small they read
-        it from end to end, and go on doing so for a minute or more after it has grown.
+        PostgreSQL keeps the plans of a session's statements. Made while a table was small they
+        read it from end to end, and go on doing so for a minute or more after it has grown.
         """
         self._second.execute("DISCARD PLANS")
         self._planned = time.monotonic()
@@ -280,9 +280,9 @@ SELECT j.id, j.worker_id
 
 OWN_SQL = "SELECT id, worker_id FROM job_instances WHERE worker_id = %(worker_id)s"
 
-# Dead is whose lock we can take; we hold it to the end of the transaction, so a worker that is just
-# coming back waits for us and then sees what is left to it. SKIP LOCKED: a job that somebody is at
-# is left for the next look; whoever hangs there is ended by the server, because no overrun finds one
+# Dead is whose lock we can take; we hold it to the end of the transaction, so a worker that is
+# just coming back waits for us and then sees what is left to it. SKIP LOCKED: a job that somebody
+# is at is left for the next look; whoever hangs there is ended by the server: no overrun finds one
 # that has no job. Restarted since the worker took its lock: the job is not to blame.
 LOCK_ORPHAN_SQL = """
 SELECT j.state, j.cancel_requested IS NOT NULL, j.attempts,
@@ -347,7 +347,7 @@ RETURNING state
 """
 
 # Rows of dead workers that own nothing. A hundred at a time: each takes a place in the lock table.
-# The LIMIT also keeps PostgreSQL from trying the locks of all rows before it has looked who is dead.
+# The LIMIT also keeps PostgreSQL from trying the locks of all rows before it looks who is dead.
 CLEAN_WORKERS_SQL = f"""
 WITH {HELD_CTE}, silent AS (
     SELECT w.id
@@ -363,7 +363,7 @@ DELETE FROM job_workers w USING dead WHERE w.id = dead.id
 
 
 def recover(worker: Worker) -> dict[int, str]:
-    """Put back the jobs of dead workers; return id -> state now: Created or Queued, or Failed for good.
+    """Put back the jobs of dead workers; return id -> state: Created, Queued or Failed for good.
 
     Finished steps stay finished; the interrupted one will run again, at most `MAX_DEATHS` times.
     One job that cannot be put back does not keep the others; the first error is raised at the end.
@@ -392,12 +392,13 @@ def put_back(worker: Worker, blame: bool = True) -> None:
     """
     for job_id, owner in query(worker.connection, OWN_SQL, {"worker_id": worker.id}):
         if not _put_back(worker, job_id, owner, own=True, blame=blame):
-            raise psycopg.OperationalError(f"job {job_id} cannot be put back now: its row is locked")
+            raise psycopg.OperationalError(
+                f"job {job_id} cannot be put back now: its row is locked")
 
 
 def _put_back(worker: Worker, job_id: int, owner: int | None, own: bool = False,
               blame: bool = True) -> str:
-    """Free one job, in a transaction; return its state, '' if it is no orphan or somebody is at it."""
+    """Free one job, in a transaction; return its state, '' if it is no orphan or not to be had."""
     values = {"job_id": job_id, "owner": owner, "own": own, "wait": HANG_WAIT}
     try:
         with worker.connection.transaction():
@@ -418,27 +419,28 @@ def _put_back(worker: Worker, job_id: int, owner: int | None, own: bool = False,
 
 def _free_untaken(worker: Worker, job_id: int, deaths: int) -> str:
     """Free a job that was claimed and got no steps, or fail it; return its state."""
-    comment = (f"Its worker died {deaths} times while it took the job up; it is not taken up again by "
-               f"itself. See the handler's log, then jobctl retry {job_id}.")
+    comment = (f"Its worker died {deaths} times while it took the job up; it is not taken up "
+               f"again by itself. See the handler's log, then jobctl retry {job_id}.")
     sql = JOB_POISON_SQL if deaths >= MAX_DEATHS else JOB_BACK_SQL
     return query(worker.connection, sql, {
         "job_id": job_id, "attempts": deaths, "comment": comment})[0][0]
 
 
-def _free_step(worker: Worker, job_id: int, step: tuple[int, int, str | None], blame: bool) -> None:
+def _free_step(worker: Worker, job_id: int, step: tuple[int, int, str | None],
+               blame: bool) -> None:
     """Put an interrupted step back, or fail it: it was ended as overrun, or kills its workers."""
     step_id, attempts, comment = step
     attempts -= not blame
     if comment is None and attempts >= MAX_DEATHS:
-        comment = (f"Its worker died in this step {attempts} times; it is not run again by itself. "
-                   f"See the handler's log, then jobctl retry {job_id}.")
+        comment = (f"Its worker died in this step {attempts} times; it is not run again by itself."
+                   f" See the handler's log, then jobctl retry {job_id}.")
     worker.connection.execute(STEP_BACK_SQL, {
         "step_id": step_id, "attempts": attempts, "comment": comment})
 
 
-# A lock cannot tell a hung worker from a busy one, but no step may run a minute past its limit, nor
-# may taking a job up: the worker itself ends it long before. The comment tells recovery why. SKIP
-# LOCKED: one that hangs at its COMMIT has locked the row of its step, and whoever waited for that
+# A lock cannot tell a hung worker from a busy one, but no step may run a minute past its limit,
+# nor may taking a job up: the worker itself ends it long before. The comment tells recovery why.
+# SKIP LOCKED: one that hangs at its COMMIT has locked the row of its step, and who waited for that
 # would hang as well; its end is rolled back with its session, and the step runs again.
 END_OVERRUN_SQL = f"""
 WITH {HELD_CTE}, busy AS (
@@ -464,7 +466,8 @@ WITH {HELD_CTE}, busy AS (
 ), step AS (
     UPDATE job_steps s
        SET comment = 'Overrun: longer than the step limit of ' || late.step_timeout::text
-                  || ' (job_types.step_timeout) and its worker did not react; its connection was ended.'
+                  || ' (job_types.step_timeout) and its worker did not react; '
+                  || 'its connection was ended.'
       FROM late, free
      WHERE late.step_id = free.id
        AND s.id = free.id
@@ -477,12 +480,12 @@ SELECT id, pg_terminate_backend(pid, 5000::bigint)
         SELECT id, pid
           FROM busy
          WHERE state <> 'Running'
-           AND last_state_change + step_timeout + interval '1 minute' < clock_timestamp()) AS overrun
+           AND last_state_change + step_timeout + interval '1 minute' < clock_timestamp()) AS hung
 """  # noqa: S608
 
 
 def end_overrun(worker: Worker) -> list[int]:
-    """End the sessions of workers that hang, so that `recover` can go on; return their jobs' ids."""
+    """End the sessions of workers that hang, for `recover` to go on; return their jobs' ids."""
     ids = [job_id for job_id, _ in
            query(worker.connection, END_OVERRUN_SQL, {"worker_id": worker.id})]
     for job_id in ids:

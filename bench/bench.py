@@ -47,11 +47,13 @@ import tables  # noqa: E402
 from worker import Worker  # noqa: E402
 
 ROUNDS = 5
-RESULTS: list[tuple[str, float, float | None, float | None, str]] = []  # what, ratio, must, aim, "<" or ">"
+# what, ratio, must, aim, "<" or ">"
+RESULTS: list[tuple[str, float, float | None, float | None, str]] = []
 RAW: dict[str, Any] = {}
 
 
-def report(what: str, ratio: float, must: float | None = None, aim: float | None = None, better: str = ">") -> None:
+def report(what: str, ratio: float, must: float | None = None, aim: float | None = None,
+           better: str = ">") -> None:
     RESULTS.append((what, ratio, must, aim, better))
     print(f"    {what}: {ratio:.3g}", flush=True)
 
@@ -86,7 +88,8 @@ class Bench:
         """One prepared single-row UPDATE per round trip, each committed and waited for."""
         def work() -> None:
             for n in range(count):
-                self.connection.execute("UPDATE one_row SET n = %s WHERE id = 1", [n], prepare=True)
+                self.connection.execute("UPDATE one_row SET n = %s WHERE id = 1", [n],
+                                        prepare=True)
         return seconds(work)
 
     def once(self, module: str = "bench_jobs") -> float:
@@ -119,11 +122,14 @@ class Bench:
             return asyncio.run(others.pgqueuer_drain(self.dsn, kind, one_at_a_time))
 
         m = medians(limit=lambda: self.limit(count), ours=ours,
-                    procrastinate_1=lambda: procrastinate(1), procrastinate_10=lambda: procrastinate(10),
-                    pgqueuer_one=lambda: pgqueuer("psycopg", True), pgqueuer_batch=lambda: pgqueuer("psycopg", False),
+                    procrastinate_1=lambda: procrastinate(1),
+                    procrastinate_10=lambda: procrastinate(10),
+                    pgqueuer_one=lambda: pgqueuer("psycopg", True),
+                    pgqueuer_batch=lambda: pgqueuer("psycopg", False),
                     pgqueuer_asyncpg=lambda: pgqueuer("asyncpg", False))
         report(f"1-step jobs{disk}, over the limit", m["limit"] / m["ours"], 0.5, 0.85)
-        report("... over procrastinate's best", min(m["procrastinate_1"], m["procrastinate_10"]) / m["ours"], 2.5, 5)
+        report("... over procrastinate's best",
+               min(m["procrastinate_1"], m["procrastinate_10"]) / m["ours"], 2.5, 5)
         report("... over procrastinate, concurrency 1", m["procrastinate_1"] / m["ours"])
         report("... over pgqueuer one at a time", m["pgqueuer_one"] / m["ours"], 2, 4)
         report("... over pgqueuer's default batch, psycopg", m["pgqueuer_batch"] / m["ours"])
@@ -136,17 +142,19 @@ class Bench:
             control.create_jobs(self.connection, "Bench Noop", [{}] * 2000)
             self.command("handler.py", "--once", "--module", "bench_jobs", "--workers", str(count))
             return self.connection.execute(
-                "SELECT extract(epoch FROM max(finished) - min(started))::float8 FROM job_instances").fetchone()[0]
-        m = medians(3, workers_1=lambda: drain(1), workers_2=lambda: drain(2), workers_4=lambda: drain(4))
+                "SELECT extract(epoch FROM max(finished) - min(started))::float8 "
+                "FROM job_instances").fetchone()[0]
+        m = medians(3, workers_1=lambda: drain(1), workers_2=lambda: drain(2),
+                    workers_4=lambda: drain(4))
         for n in (2, 4):
             report(f"1-step jobs, {n} workers over one", m["workers_1"] / m[f"workers_{n}"])
 
     def steps(self) -> None:
-        """One job of 1,000 no-op steps: steps per second over the limit, and commits that wait per step."""
+        """One job of 1,000 no-op steps: steps per second over the limit, commits that wait."""
         self.long_job(1000)
 
     def disk(self) -> None:
-        """The same on a disk that needs a millisecond more to make a commit durable (commit_delay)."""
+        """The same on a disk that needs a millisecond more for a durable commit (commit_delay)."""
         self.set_system("commit_delay = 1000", "commit_siblings = 0")
         for part in (self.long_job, self.short_jobs):
             part(200, ", slower disk")
@@ -166,10 +174,12 @@ class Bench:
             self.once()
             syncs.append((self.flushes() - before) / count)
             return self.connection.execute("SELECT extract(epoch FROM finished - started)::float8 "
-                                           "FROM job_instances WHERE id = %s", [job_id]).fetchone()[0]
+                                           "FROM job_instances WHERE id = %s",
+                                           [job_id]).fetchone()[0]
         m = medians(limit=lambda: self.limit(count), ours=ours)
         report(f"steps of a long job{disk}, over the limit", m["limit"] / m["ours"], 0.9, 1.0)
-        report("commits that wait for the disk, per step", statistics.median(syncs), 1.05, 1.0, "<")
+        report("commits that wait for the disk, per step", statistics.median(syncs), 1.05, 1.0,
+               "<")
 
     def flushes(self) -> int:
         """WAL flushes by client sessions so far (PostgreSQL 18)."""
@@ -184,16 +194,20 @@ class Bench:
         for name, count, at_once in (("one by one", 300, False), ("10,000 at once", 10_000, True)):
             def ours(count: int = count, at_once: bool = at_once) -> float:
                 if at_once:
-                    return seconds(lambda: control.create_jobs(self.connection, "Bench Noop", [{}] * count))
-                return seconds(lambda: [control.create_job(self.connection, "Bench Noop", {}) for _ in range(count)])
+                    return seconds(lambda: control.create_jobs(
+                        self.connection, "Bench Noop", [{}] * count))
+                return seconds(lambda: [control.create_job(self.connection, "Bench Noop", {})
+                                        for _ in range(count)])
             m = medians(3, ours=ours,
                         procrastinate=lambda c=count, a=at_once: asyncio.run(
                             others.procrastinate_create(self.dsn, c, a)),
-                        pgqueuer=lambda c=count, a=at_once: asyncio.run(others.pgqueuer_create(self.dsn, c, a)))
+                        pgqueuer=lambda c=count, a=at_once: asyncio.run(
+                            others.pgqueuer_create(self.dsn, c, a)))
             report(f"creating jobs {name}, over procrastinate", m["procrastinate"] / m["ours"])
             report(f"creating jobs {name}, over pgqueuer", m["pgqueuer"] / m["ours"])
         # Nobody ran them: no part after this one is to find them.
-        self.connection.execute("TRUNCATE job_instances, job_steps, procrastinate_jobs, pgqueuer CASCADE")
+        self.connection.execute(
+            "TRUNCATE job_instances, job_steps, procrastinate_jobs, pgqueuer CASCADE")
 
     @functools.cache  # noqa: B019  one Bench per run
     def install_others(self) -> None:
@@ -202,21 +216,27 @@ class Bench:
         asyncio.run(others.pgqueuer_install(self.dsn))
 
     def pickup(self) -> None:
-        """From the commit that creates a job to the begin of its step, with an idle worker (p50, p95)."""
+        """From the commit that creates a job to its step's begin, by an idle worker (p50, p95)."""
         self.install_others()
-        found = {"ours": self.pick_up([str(ROOT / "handler.py"), "--module", "bench_jobs"], self.ask_ours)}
+        found = {"ours": self.pick_up([str(ROOT / "handler.py"), "--module", "bench_jobs"],
+                                      self.ask_ours)}
         for name in ("procrastinate", "pgqueuer"):
             found[name] = self.pick_up([str(ROOT / "bench" / "others.py"), name, self.dsn],
-                                       lambda count, name=name: asyncio.run(self.ask_other(name, count)))
+                                       lambda count, name=name: asyncio.run(
+                                           self.ask_other(name, count)))
         RAW["pickup"] = found
         p95 = {name: statistics.quantiles(values, n=20)[-1] for name, values in found.items()}
         p50 = {name: statistics.median(values) for name, values in found.items()}
-        print("    p50, p95 in ms:", {n: (round(1000 * p50[n], 2), round(1000 * p95[n], 2)) for n in found})
-        report("pick-up p95, over procrastinate's", p95["ours"] / p95["procrastinate"], 0.7, 0.4, "<")
+        print("    p50, p95 in ms:",
+              {n: (round(1000 * p50[n], 2), round(1000 * p95[n], 2)) for n in found})
+        report("pick-up p95, over procrastinate's", p95["ours"] / p95["procrastinate"], 0.7, 0.4,
+               "<")
         report("pick-up p95, over pgqueuer's", p95["ours"] / p95["pgqueuer"], better="<")
 
-    def pick_up(self, command: list[str], ask: Callable[[int], list[float]], count: int = 150) -> list[float]:
-        process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True, env=self.env())
+    def pick_up(self, command: list[str], ask: Callable[[int], list[float]],
+                count: int = 150) -> list[float]:
+        process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True,
+                                   env=self.env())
         time.sleep(3)  # until it is idle
         try:
             asked = ask(count)
@@ -243,14 +263,15 @@ class Bench:
         return asked
 
     def claims(self) -> None:
-        """One claim behind 100,000 jobs, waiting or not to be taken, and behind millions of finished ones."""
+        """One claim behind 100,000 jobs, to be taken or not, and behind millions of ended ones."""
         self.behind_finished(10_000_000)
         self.behind_waiting(100_000)
 
     # Jobs that may not be taken: the type of each, and what else makes it so.
     NOT_TO_BE_TAKEN = {
         "future": [("Bench Noop", "run_after", "now() + interval '1 day'")],
-        "future, five priorities": [("Bench Noop", "run_after, priority", "now() + interval '1 day', n %% 5")],
+        "future, five priorities": [
+            ("Bench Noop", "run_after, priority", "now() + interval '1 day', n %% 5")],
         "paused": [("Bench Paused", "priority", "0")],
         "full": [("Bench Full", "priority", "0")],
         "of an unknown type": [("Bench Unknown", "priority", "0")],
@@ -260,60 +281,71 @@ class Bench:
 
     def behind_waiting(self, many: int) -> None:
         self.connection.execute("TRUNCATE job_instances, job_steps")
-        self.connection.execute("INSERT INTO job_types (name, max_running) VALUES ('Bench Paused', 0), "
-                                "('Bench Full', 1), ('Bench Unknown', NULL) ON CONFLICT DO NOTHING")
+        self.connection.execute(
+            "INSERT INTO job_types (name, max_running) VALUES ('Bench Paused', 0), "
+            "('Bench Full', 1), ('Bench Unknown', NULL) ON CONFLICT DO NOTHING")
         small = self.claim_time()
         for name, kinds in self.NOT_TO_BE_TAKEN.items():
             self.connection.execute("TRUNCATE job_instances, job_steps")
-            self.fill_waiting("Bench Full", "worker_id", "4711", 1)  # nobody's, and so no longer free
+            self.fill_waiting("Bench Full", "worker_id", "4711", 1)  # nobody's, so no longer free
             for kind in kinds:
                 self.fill_waiting(*kind, many // len(kinds))
             report(f"claim behind {many:,} jobs {name}, over an empty table",
                    self.claim_time() / small, 3.0, 1.0, "<")
         self.connection.execute("TRUNCATE job_instances, job_steps")
         self.fill_waiting("Bench Noop", "priority", "0", many)
-        report(f"claim behind {many:,} waiting jobs, over an empty table", self.claim_time() / small, better="<")
+        report(f"claim behind {many:,} waiting jobs, over an empty table",
+               self.claim_time() / small, better="<")
         self.connection.execute("TRUNCATE job_instances, job_steps")
 
     def behind_finished(self, many: int) -> None:
         self.connection.execute("TRUNCATE job_instances, job_steps")
         small = self.claim_time()
-        self.fill_waiting("Bench Noop", "state, started, finished", "'Finished', now(), now()", many)
-        report(f"claim behind {many:,} finished jobs, over an empty table", self.claim_time() / small, 1.2, 1.0, "<")
+        self.fill_waiting("Bench Noop", "state, started, finished", "'Finished', now(), now()",
+                          many)
+        report(f"claim behind {many:,} finished jobs, over an empty table",
+               self.claim_time() / small, 1.2, 1.0, "<")
 
     def fill_waiting(self, type_name: str, columns: str, values: str, count: int) -> None:
-        self.connection.execute(f"INSERT INTO job_instances (job_type_id, {columns}) SELECT id, {values} "  # noqa: S608
-                                "FROM job_types, generate_series(1, %s) n WHERE name = %s", [count, type_name])
+        self.connection.execute(
+            f"INSERT INTO job_instances (job_type_id, {columns}) "  # noqa: S608
+            f"SELECT id, {values} FROM job_types, generate_series(1, %s) n WHERE name = %s",
+            [count, type_name])
 
     def claim_time(self, count: int = 200) -> float:
-        """Seconds per claim of one of `count` jobs that are due, behind what is there; the best of 3 medians."""
+        """Seconds per claim of one of `count` due jobs behind what is there; best of 3 medians."""
         worker = Worker(self.dsn)
         wanted = claims.Wanted.of(["Bench Noop", "Bench Full", "Bench Paused"])
         self.fill_waiting("Bench Noop", "priority", "-1", count)
         self.connection.execute("VACUUM ANALYZE job_instances")
         found = []
         for _ in range(3):
-            found.append(statistics.median(seconds(lambda: claims.claim(worker, wanted)) for _ in range(count)))
-            self.connection.execute("UPDATE job_instances SET worker_id = NULL WHERE worker_id = %s", [worker.id])
+            found.append(statistics.median(
+                seconds(lambda: claims.claim(worker, wanted)) for _ in range(count)))
+            self.connection.execute(
+                "UPDATE job_instances SET worker_id = NULL WHERE worker_id = %s", [worker.id])
             self.connection.execute("VACUUM job_instances")
         worker.close()
         RAW.setdefault("claims", []).append(found)
         return min(found)
 
     def scale(self) -> None:
-        """jobctl list, show, stats behind many finished jobs with five steps each, over a thousand."""
+        """jobctl list, show, stats behind many finished jobs of five steps, over a thousand."""
         many = 1_000_000 if self.full else 200_000
-        type_id = self.connection.execute("SELECT id FROM job_types WHERE name = 'Bench Noop'").fetchone()[0]
+        type_id = self.connection.execute(
+            "SELECT id FROM job_types WHERE name = 'Bench Noop'").fetchone()[0]
 
         def fill(count: int) -> None:
             self.connection.execute("TRUNCATE job_instances, job_steps")
             self.connection.execute(
                 "INSERT INTO job_instances (job_type_id, state, created, started, finished) "
                 "SELECT %s, 'Finished', t, t, t FROM generate_series(1, %s) n, "
-                "LATERAL (SELECT now() - make_interval(mins => %s - n)) AS at(t)", [type_id, count, count])
+                "LATERAL (SELECT now() - make_interval(mins => %s - n)) AS at(t)",
+                [type_id, count, count])
             self.connection.execute(
-                "INSERT INTO job_steps (job_instance_id, position, name, state, started, finished) "
-                "SELECT id, p, 'step', 'Finished', now(), now() FROM job_instances, generate_series(1, 5) p")
+                "INSERT INTO job_steps (job_instance_id, position, name, state, started, "
+                "finished) SELECT id, p, 'step', 'Finished', now(), now() "
+                "FROM job_instances, generate_series(1, 5) p")
             self.connection.execute("VACUUM ANALYZE job_instances, job_steps")
 
         commands = {"list": ["list"], "show": ["show"], "stats": ["stats"]}
@@ -323,7 +355,8 @@ class Bench:
             newest = self.connection.execute("SELECT max(id) FROM job_instances").fetchone()[0]
             commands["show"] = ["show", str(newest)]
             found[str(size)] = {name: statistics.median(
-                seconds(lambda args=args: self.quiet(args)) for _ in range(9)) for name, args in commands.items()}
+                seconds(lambda args=args: self.quiet(args)) for _ in range(9))
+                for name, args in commands.items()}
         RAW["scale"] = found
         for name in commands:
             report(f"jobctl {name} behind {many:,} jobs, over 1,000",
@@ -339,7 +372,7 @@ class Bench:
                 sys.stdout = out
 
     def alarms(self) -> None:
-        """One (object, alarm, year), and 100 x 10 of them, against count-and-sum of the same rows and others."""
+        """One (object, alarm, year), and 100 x 10 of them, against count-and-sum and others."""
         self.park(100)
         self.connection.execute(self.SAMPLES_SQL, [100])
         for order in ("in order of arrival", "clustered"):
@@ -378,7 +411,8 @@ class Bench:
             self.ask_years(objects, alarms, end="2025-01-02 00:00:00Z")
             return self.once()
         m = medians(3, chain=calculate)
-        report(f"{alarms} chained alarms on {objects} objects, a day, seconds", m["chain"], 5.4, 3.0, "<")
+        report(f"{alarms} chained alarms on {objects} objects, a day, seconds",
+               m["chain"], 5.4, 3.0, "<")
 
     def cliff(self, periods: int) -> None:
         """Every second sample triggers; then another threshold, or the other half."""
@@ -394,7 +428,8 @@ class Bench:
         step = park.OneStep(self.connection, 1, 1, start="2025-01-01 00:00:00",
                             end="2036-01-01 00:00:00")
         found = {"first": seconds(step.run)}
-        for name, kind, value in (("the same again", "high", 10), ("a higher threshold", "high", 11.15),
+        for name, kind, value in (("the same again", "high", 10),
+                                  ("a higher threshold", "high", 11.15),
                                   ("the first again", "high", 10), ("the other half", "low", 10)):
             self.define(1, kind, value, [], "wind")
             found[name] = seconds(step.run)
@@ -407,9 +442,11 @@ class Bench:
                feature: str = "") -> None:
         trigger = park.trigger(kind, feature or ["wind", "power"][number % 2], value)
         self.connection.execute(
-            "INSERT INTO alarms (id, object_model_id, manufacturer_id, trigger, non_overlapping_alarms) "
+            "INSERT INTO alarms (id, object_model_id, manufacturer_id, trigger, "
+            "non_overlapping_alarms) "
             "VALUES (%(n)s, 1, %(n)s, %(trigger)s, %(important)s) ON CONFLICT (id) DO UPDATE "
-            "SET trigger = EXCLUDED.trigger, non_overlapping_alarms = EXCLUDED.non_overlapping_alarms",
+            "SET trigger = EXCLUDED.trigger, "
+            "non_overlapping_alarms = EXCLUDED.non_overlapping_alarms",
             {"n": number, "trigger": jobs.Jsonb(trigger), "important": important})
 
     SAMPLES_SQL = """
@@ -423,7 +460,8 @@ SELECT o, f, ts, 10 + 8 * sin(extract(epoch FROM ts) / 30000 + o) + 0.1 * random
     def park(self, objects: int) -> None:
         self.connection.execute("CREATE TABLE IF NOT EXISTS bench_periods "
                                 "(start_time timestamptz, end_time timestamptz)")
-        self.connection.execute("TRUNCATE job_instances, job_steps, alarms_history, alarms_detected")
+        self.connection.execute("TRUNCATE job_instances, job_steps, "
+                                "alarms_history, alarms_detected")
         self.connection.execute("INSERT INTO object_types (id, name) "
                                 "VALUES (1, 'wind_turbine') ON CONFLICT DO NOTHING")
         self.connection.execute("INSERT INTO object_models (id, object_type_id, name) "
@@ -436,7 +474,8 @@ SELECT o, f, ts, 10 + 8 * sin(extract(epoch FROM ts) / 30000 + o) + 0.1 * random
         for n in range(1, 11):
             self.define(n, "high", 8 + n, [])
 
-    SUM_SQL = ("SELECT count(*), sum(value) FROM feature_values WHERE object_id = %s AND feature_id = %s "
+    SUM_SQL = ("SELECT count(*), sum(value) FROM feature_values "
+               "WHERE object_id = %s AND feature_id = %s "
                "AND timestamp > '2025-01-01 00:00+00' AND timestamp <= '2026-01-01 00:00+00'")
 
     def one_year(self, order: str, alarm_id: int, must: float) -> None:
@@ -458,18 +497,24 @@ SELECT o, f, ts, 10 + 8 * sin(extract(epoch FROM ts) / 30000 + o) + 0.1 * random
         report(f"one (object, alarm, year), {order}, {share:.0%} triggering, {periods} periods, "
                "over count-and-sum", m["calculate"] / m["count_and_sum"], must, 1.4, "<")
         others = {name: lambda way=way: seconds(lambda: way(1, 1, 8 + alarm_id)) for name, way in
-                  (("numpy", self.numpy_year), ("polars", self.polars_year), ("pandas", self.pandas_year))}
+                  (("numpy", self.numpy_year), ("polars", self.polars_year),
+                   ("pandas", self.pandas_year))}
         for name, value in medians(3, **others).items():
             report(f"... over {name}", m["calculate"] / value, better="<")
 
-    YEAR_SQL = ("SELECT timestamp, value FROM feature_values WHERE object_id = {} AND feature_id = {} "
-                "AND timestamp > '2025-01-01 00:00+00' AND timestamp <= '2026-01-01 00:00+00' ORDER BY timestamp")
+    YEAR_SQL = ("SELECT timestamp, value FROM feature_values "
+                "WHERE object_id = {} AND feature_id = {} "
+                "AND timestamp > '2025-01-01 00:00+00' AND timestamp <= '2026-01-01 00:00+00' "
+                "ORDER BY timestamp")
 
     SHARE_SQL = """
 WITH sample AS (
-    SELECT value > %s AS triggers, timestamp FROM feature_values WHERE object_id = 1 AND feature_id = 1
+    SELECT value > %s AS triggers, timestamp
+      FROM feature_values
+     WHERE object_id = 1 AND feature_id = 1
 ), change AS (
-    SELECT triggers, triggers AND NOT lag(triggers, 1, false) OVER (ORDER BY timestamp) AS begins FROM sample
+    SELECT triggers, triggers AND NOT lag(triggers, 1, false) OVER (ORDER BY timestamp) AS begins
+      FROM sample
 )
 SELECT avg(triggers::int)::float8, count(*) FILTER (WHERE begins) FROM change"""
 
@@ -483,11 +528,13 @@ SELECT avg(triggers::int)::float8, count(*) FILTER (WHERE begins) FROM change"""
         import pandas
         import sqlalchemy
         if not hasattr(self, "engine"):
-            self.engine = sqlalchemy.create_engine("postgresql+psycopg://", creator=lambda: psycopg.connect(self.dsn))
+            self.engine = sqlalchemy.create_engine("postgresql+psycopg://",
+                                                   creator=lambda: psycopg.connect(self.dsn))
         frame = pandas.read_sql(self.YEAR_SQL.format(object_id, feature_id), self.engine)
         on = frame["value"] > threshold
         groups = frame[on].groupby((on != on.shift()).cumsum()[on])["timestamp"]
-        periods = pandas.DataFrame({"start_time": groups.min() - pandas.Timedelta("10min"), "end_time": groups.max()})
+        periods = pandas.DataFrame({"start_time": groups.min() - pandas.Timedelta("10min"),
+                                    "end_time": groups.max()})
         periods.to_sql("bench_periods", self.engine, if_exists="append", index=False)
         return len(periods)
 
@@ -497,12 +544,17 @@ SELECT avg(triggers::int)::float8, count(*) FILTER (WHERE begins) FROM change"""
     def numpy_year(self, object_id: int, feature_id: int, threshold: float) -> int:
         """Read as one binary value, compare, find the edges, write with COPY."""
         import numpy
-        row = self.connection.cursor(binary=True).execute(self.RECORDS_SQL.format(object_id, feature_id)).fetchone()
-        year = numpy.frombuffer(row[0], [("end", ">i8"), ("value", ">f8")])  # microseconds since 2000
-        edges = numpy.flatnonzero(numpy.diff(year["value"] > threshold, prepend=False, append=False))
+        row = self.connection.cursor(binary=True).execute(
+            self.RECORDS_SQL.format(object_id, feature_id)).fetchone()
+        # microseconds since 2000
+        year = numpy.frombuffer(row[0], [("end", ">i8"), ("value", ">f8")])
+        edges = numpy.flatnonzero(
+            numpy.diff(year["value"] > threshold, prepend=False, append=False))
         at = (numpy.datetime64("2000-01-01", "us") + year["end"].astype("timedelta64[us]"))
-        periods = zip((at[edges[::2]] - numpy.timedelta64(10, "m")).tolist(), at[edges[1::2] - 1].tolist(), strict=True)
-        with self.connection.cursor().copy("COPY bench_periods (start_time, end_time) FROM STDIN") as copy:
+        periods = zip((at[edges[::2]] - numpy.timedelta64(10, "m")).tolist(),
+                      at[edges[1::2] - 1].tolist(), strict=True)
+        with self.connection.cursor().copy(
+                "COPY bench_periods (start_time, end_time) FROM STDIN") as copy:
             for period in periods:
                 copy.write_row(period)
         return len(edges) // 2
@@ -510,11 +562,14 @@ SELECT avg(triggers::int)::float8, count(*) FILTER (WHERE begins) FROM change"""
     def polars_year(self, object_id: int, feature_id: int, threshold: float) -> int:
         import polars
         info = psycopg.conninfo.conninfo_to_dict(self.dsn)
-        uri = f"postgresql://{info['user']}@/{info['dbname']}?host={info['host']}&port={info['port']}"
-        frame = polars.read_database_uri(self.YEAR_SQL.format(object_id, feature_id), uri, engine="adbc")
+        uri = (f"postgresql://{info['user']}@/{info['dbname']}"
+               f"?host={info['host']}&port={info['port']}")
+        frame = polars.read_database_uri(self.YEAR_SQL.format(object_id, feature_id), uri,
+                                         engine="adbc")
         on = polars.col("value") > threshold
         return len(frame.with_columns(run=on.rle_id(), on=on).filter("on").group_by("run").agg(
-            polars.col("timestamp").min().alias("start_time"), polars.col("timestamp").max().alias("end_time")))
+            polars.col("timestamp").min().alias("start_time"),
+            polars.col("timestamp").max().alias("end_time")))
 
     def ask_years(self, objects: int, alarms: int = 10, end: str = "2026-01-01 00:00:00Z") -> None:
         control.create_job(self.connection, "Alarm Calculation", {
@@ -524,18 +579,21 @@ SELECT avg(triggers::int)::float8, count(*) FILTER (WHERE begins) FROM change"""
     def many_years(self, order: str, objects: int) -> None:
         def ours(is_chained: bool = False) -> float:
             self.connection.execute("UPDATE alarms SET non_overlapping_alarms = "
-                                    "CASE WHEN %s AND id > 1 THEN ARRAY[id - 1] ELSE '{}' END", [is_chained])
+                                    "CASE WHEN %s AND id > 1 THEN ARRAY[id - 1] ELSE '{}' END",
+                                    [is_chained])
             self.empty_history()
             self.ask_years(objects)
             return self.once()
 
         def count_and_sum() -> float:
-            return seconds(lambda: [self.connection.execute(self.SUM_SQL, [o, n % 2 + 1], prepare=True).fetchone()
-                                    for o in range(1, objects + 1) for n in range(1, 11)])
+            return seconds(lambda: [
+                self.connection.execute(self.SUM_SQL, [o, n % 2 + 1], prepare=True).fetchone()
+                for o in range(1, objects + 1) for n in range(1, 11)])
 
         def pandas(some: int = 3) -> float:
             return objects / some * seconds(lambda: [
-                self.pandas_year(o, n % 2 + 1, 8 + n) for o in range(1, some + 1) for n in range(1, 11)])
+                self.pandas_year(o, n % 2 + 1, 8 + n)
+                for o in range(1, some + 1) for n in range(1, 11)])
         m = medians(2, years_sum=count_and_sum, years_ours=ours, years_pandas=pandas,
                     years_chained=lambda: ours(is_chained=True))
         report(f"{objects} objects x 10 alarms x 1 year, {order}, over pandas (from 3 objects)",
@@ -545,18 +603,21 @@ SELECT avg(triggers::int)::float8, count(*) FILTER (WHERE begins) FROM change"""
         report("... over a count-and-sum for each", m["years_ours"] / m["years_sum"], better="<")
 
     def cold(self) -> None:
-        """An empty handler.py --once over a bare connect, and over procrastinate's one-shot worker."""
+        """An empty handler.py --once over a bare connect, and over procrastinate --one-shot."""
         self.connection.execute("TRUNCATE job_instances, job_steps, job_schedules")
         self.install_others()
         (ROOT / "bench" / "results").mkdir(exist_ok=True)
         app = ROOT / "bench" / "results" / "bench_app.py"
         app.write_text("import os, procrastinate\napp = procrastinate.App(connector="
                        "procrastinate.PsycopgConnector(conninfo=os.environ['PERFDB_DSN']))\n")
-        m = medians(9, bare=lambda: self.command("-c", "import os, psycopg; psycopg.connect(os.environ['PERFDB_DSN'])"),
+        m = medians(9, bare=lambda: self.command(
+                           "-c", "import os, psycopg; psycopg.connect(os.environ['PERFDB_DSN'])"),
                     once=lambda: self.command("handler.py", "--once"),
-                    one_shot=lambda: self.command("-m", "procrastinate", "--app=bench_app.app", "worker", "--one-shot"))
+                    one_shot=lambda: self.command("-m", "procrastinate", "--app=bench_app.app",
+                                                  "worker", "--one-shot"))
         report("empty --once, over a bare connect", m["once"] / m["bare"], 2.0, 1.5, "<")
-        report("empty --once, over procrastinate --one-shot", m["once"] / m["one_shot"], better="<")
+        report("empty --once, over procrastinate --one-shot", m["once"] / m["one_shot"],
+               better="<")
 
     def memory(self) -> None:
         """Peak memory of a worker after 10,000 steps, over after 100."""
@@ -573,8 +634,8 @@ SELECT avg(triggers::int)::float8, count(*) FILTER (WHERE begins) FROM change"""
                 "handler.JobHandler(once=True).run(); "
                 # not ru_maxrss, which begins with the size of the process that started this one
                 "print(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1])")
-        peak = int(subprocess.run([sys.executable, "-c", code], env=self.env(), cwd=ROOT, check=True,
-                                  capture_output=True, text=True).stdout)
+        peak = int(subprocess.run([sys.executable, "-c", code], env=self.env(), cwd=ROOT,
+                                  check=True, capture_output=True, text=True).stdout)
         RAW.setdefault("memory_kB", {})[what] = peak
         return peak
 
@@ -584,8 +645,9 @@ SELECT avg(triggers::int)::float8, count(*) FILTER (WHERE begins) FROM change"""
 
     def command(self, *args: str) -> float:
         """Run one of the project's commands; return seconds."""
-        return seconds(lambda: subprocess.run([sys.executable, *args], env=self.env(), cwd=ROOT, check=True,
-                                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+        return seconds(lambda: subprocess.run(
+            [sys.executable, *args], env=self.env(), cwd=ROOT, check=True,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
 
 
     def samples(self) -> None:
@@ -601,7 +663,8 @@ PARTS = ["steps", "jobs", "disk", "create", "pickup", "cold", "memory", "alarms"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", nargs="*", help=f"which parts (default: all): {' '.join(PARTS)}")
     parser.add_argument("--full", action="store_true", help="a million jobs, ten million samples")
     args = parser.parse_args()
@@ -610,12 +673,14 @@ def main() -> int:
     begun = time.monotonic()
     with Server({"shared_buffers": "1GB", "max_wal_size": "8GB", "jit": "off"}) as server:
         bench = Bench(server, args.full)
-        RAW["machine"] = {"cpus": os.cpu_count(), "machine": platform.platform(), "python": platform.python_version(),
+        RAW["machine"] = {"cpus": os.cpu_count(), "machine": platform.platform(),
+                          "python": platform.python_version(),
                           "postgresql": bench.connection.info.parameter_status("server_version")}
         for part in args.part or PARTS:
             print(f"  {part}: {getattr(bench, part).__doc__.strip()}", flush=True)
             getattr(bench, part)()
-    print(f"\n{tables.table(['what', 'ratio', 'must', 'aim', ''], [verdict(*row) for row in RESULTS], 200)}\n")
+    rows = [verdict(*row) for row in RESULTS]
+    print(f"\n{tables.table(['what', 'ratio', 'must', 'aim', ''], rows, 200)}\n")
     print(f"  {RAW['machine']}\n  {time.monotonic() - begun:.0f} s")
     RAW["ratios"] = {what: ratio for what, ratio, *_ in RESULTS}
     RAW["peak_memory_kB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -632,7 +697,8 @@ def verdict(what: str, ratio: float, must: float | None, aim: float | None, bett
         return ratio >= bar if better == ">" else ratio <= bar
     said = "" if must is None else "aim" if reached(aim) else "met" if reached(must) else "MISSED"
     sign = "at least" if better == ">" else "at most"
-    return what, f"{ratio:.3g}", "" if must is None else f"{sign} {must:g}", "" if aim is None else f"{aim:g}", said
+    return (what, f"{ratio:.3g}", "" if must is None else f"{sign} {must:g}",
+            "" if aim is None else f"{aim:g}", said)
 
 
 assert bench_jobs.Noop._name in jobs.JOB_TYPES

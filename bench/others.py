@@ -1,4 +1,4 @@
-"""What an operator would use otherwise: procrastinate and pgqueuer, each in its best setting found.
+"""What an operator would use otherwise: procrastinate and pgqueuer, each set as well as we can.
 
     python others.py procrastinate|pgqueuer DSN      a worker that prints when each task begins
 """
@@ -100,7 +100,8 @@ async def pgqueuer_drain(dsn: str, kind: str, one_at_a_time: bool) -> float:
         pass
     begun = time.perf_counter()
     options = {"batch_size": 1, "max_concurrent_tasks": 2} if one_at_a_time else {}
-    await queuer.qm.run(dequeue_timeout=timedelta(seconds=1), mode=QueueExecutionMode.drain, **options)
+    await queuer.qm.run(dequeue_timeout=timedelta(seconds=1), mode=QueueExecutionMode.drain,
+                        **options)
     return time.perf_counter() - begun
 
 

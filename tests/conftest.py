@@ -63,7 +63,8 @@ class GivenServer:
 def pytest_configure(config: pytest.Config) -> None:
     """Start from a clean environment, and leave nothing in the shared temporary directory."""
     for name in list(os.environ):
-        if name.startswith(("PERFDB_", "BAZEFIELD_", "PG")) and not name.startswith("PERFDB_TEST_"):
+        if (name.startswith(("PERFDB_", "BAZEFIELD_", "PG"))
+                and not name.startswith("PERFDB_TEST_")):
             del os.environ[name]
     if config.option.basetemp is None:
         config.option.basetemp = tempfile.mkdtemp(prefix="perfdb-test-")
@@ -75,9 +76,11 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_report_header() -> str:
     if TEST_DSN:
         with psycopg.connect(TEST_DSN) as conn:
-            return f"server: PERFDB_TEST_DSN, PostgreSQL {conn.info.parameter_status('server_version')}"
+            return ("server: PERFDB_TEST_DSN, "
+                    f"PostgreSQL {conn.info.parameter_status('server_version')}")
     postgres = embedded_pg.find_programs() / "postgres"
-    return f"server: embedded, {subprocess.check_output([postgres, '--version'], text=True).strip()}"
+    version = subprocess.check_output([postgres, "--version"], text=True).strip()
+    return f"server: embedded, {version}"
 
 
 @pytest.fixture(scope="session")
@@ -101,7 +104,8 @@ def template(server) -> Iterator[str]:
     drop_database(server, DATABASE)
 
 
-# A test that leaves more behind than rows (tables, functions, switched-off triggers) spoils its database.
+# A test that leaves more behind than rows (tables, functions, switched-off triggers) spoils its
+# database.
 FINGERPRINT_SQL = """
 SELECT md5(string_agg(thing, ',' ORDER BY thing))
   FROM (SELECT relname || pg_get_viewdef(oid) FROM pg_class
@@ -122,26 +126,29 @@ SELECT md5(string_agg(thing, ',' ORDER BY thing))
         SELECT conname || pg_get_constraintdef(oid) FROM pg_constraint) AS things(thing)
 """
 
-# A TRUNCATE makes new files for a table and each of its indexes: only where there is much to delete.
+# A TRUNCATE makes new files for a table and each of its indexes: only where much is to be deleted.
 EMPTY_SQL = """
 DO $$
 DECLARE
     name text;
 BEGIN
     SET LOCAL session_replication_role = replica;  -- in any order, and without triggers
-    FOR name IN SELECT tablename FROM pg_tables WHERE schemaname = 'public' AND tablename <> 'job_states' LOOP
+    FOR name IN SELECT tablename FROM pg_tables
+                 WHERE schemaname = 'public' AND tablename <> 'job_states' LOOP
         IF pg_table_size(name::regclass) > 200000 THEN
             EXECUTE format('TRUNCATE %I CASCADE', name);
         ELSE
             EXECUTE format('DELETE FROM %I', name);
         END IF;
     END LOOP;
-    PERFORM setval(sequencename::regclass, 1, false) FROM pg_sequences WHERE last_value IS NOT NULL;
+    PERFORM setval(sequencename::regclass, 1, false)
+       FROM pg_sequences WHERE last_value IS NOT NULL;
     PERFORM pg_stat_reset();
 END $$
 """
 
-END_SESSIONS_SQL = "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = %s"
+END_SESSIONS_SQL = ("SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity "
+                    "WHERE datname = %s")
 
 
 @pytest.fixture(scope="session")

@@ -270,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                         help="run this with PERFDB_DSN set, and exit with its status")
     command = parser.parse_args(argv).command
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job has it ignored
     try:
         with Server() as server:
             if command:

@@ -15,7 +15,7 @@ from jobs import TIME, JobInstance, JobRequestError, JobStepError, connect
 
 
 class Scripted(JobInstance):
-    """Do what the parameters say: `steps` is a list of "ok", "error", "crash", "sleep", "kill" ..."""
+    """Do what the parameters say: `steps` is a list of "ok", "error", "crash", "sleep", ..."""
 
     _name = "Scripted"
     _parameters_schema = {
@@ -47,14 +47,15 @@ class Scripted(JobInstance):
             self.connection.execute("DO $$ BEGIN RAISE disk_full; END $$")
         if what == "open":
             self.connection.execute("BEGIN")
-        if what.startswith("cancel"):  # from another session, as an operator does while the step runs
+        if what.startswith("cancel"):  # from another session, as an operator does meanwhile
             with connect() as operator:
                 control.cancel_job(operator, self.job_id, "wrong park")
         if what.endswith("stop"):
             os.kill(os.getpid(), signal.SIGTERM)
         if what.endswith("taken away"):
             with connect() as operator:
-                operator.execute("UPDATE job_instances SET worker_id = NULL WHERE id = %s", [self.job_id])
+                operator.execute("UPDATE job_instances SET worker_id = NULL WHERE id = %s",
+                                 [self.job_id])
         if what.endswith("then fail"):
             raise JobStepError("no wind")
         if what == "exit":
@@ -73,7 +74,8 @@ class Transactional(Scripted):
     _step_in_transaction = True
 
     def _run_step(self, step_id):
-        self.connection.execute("INSERT INTO trace (job_id, step_id) VALUES (%s, %s)", [self.job_id, step_id])
+        self.connection.execute("INSERT INTO trace (job_id, step_id) VALUES (%s, %s)",
+                                [self.job_id, step_id])
         return super()._run_step(step_id)
 
 
@@ -122,7 +124,8 @@ class TakenUp(JobInstance):
         return None
 
 
-RESULTS = {"decimal": lambda: {"power": Decimal("1.5")}, "time": lambda: {"at": [datetime(2026, 3, 1)]},
+RESULTS = {"decimal": lambda: {"power": Decimal("1.5")},
+           "time": lambda: {"at": [datetime(2026, 3, 1)]},
            "nan": lambda: {"deep": {"mean": float("nan")}}, "set": lambda: {"names": {1}},
            "list": lambda: [1], "key": lambda: {7: 1}, "nul": lambda: {"text": "a\0"},
            "huge": lambda: {"n": 10**5000}}
@@ -168,12 +171,13 @@ class Starts(JobInstance):
         return [{}]
 
     def _run_step(self, step_id):
-        subprocess.run(["sh", "-c", "sleep 77 | cat & echo $! > " + self.parameters["file"] + "; sleep 78"],
-                       check=True)
+        subprocess.run(
+            ["sh", "-c", "sleep 77 | cat & echo $! > " + self.parameters["file"] + "; sleep 78"],
+            check=True)
 
 
 class Orphans(JobInstance):
-    """Its step leaves a process behind that is nobody's child, and waits until that has ended badly."""
+    """Its step leaves a process behind that is nobody's child, and waits until it ended badly."""
 
     _name = "Orphans"
 

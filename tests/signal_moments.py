@@ -1,4 +1,4 @@
-"""Loaded by --module: sends a signal to the handler, or a worker, at the moment that $MOMENT names.
+"""Loaded by --module: sends a signal to the handler, or a worker, at the moment $MOMENT names.
 
 The moments are those between two lines of the pool that a signal from outside hits by luck only.
 """

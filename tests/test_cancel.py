@@ -28,25 +28,31 @@ def run_once(dsn):
 @pytest.fixture
 def job(conn):
     def job(job_id):
-        row = conn.execute("SELECT state, comment FROM job_instances WHERE id = %s", [job_id]).fetchone()
+        row = conn.execute("SELECT state, comment FROM job_instances WHERE id = %s",
+                           [job_id]).fetchone()
         return row["state"], row["comment"]
     return job
 
 
 @pytest.fixture
 def states(conn):
-    return lambda: [row["state"] for row in conn.execute("SELECT state FROM job_steps ORDER BY id")]
+    return lambda: [row["state"] for row in
+                    conn.execute("SELECT state FROM job_steps ORDER BY id")]
 
 
 @pytest.mark.parametrize("type_name", ["Scripted", "Transactional"])
 @pytest.mark.parametrize(("steps", "left", "ended"), [
-    pytest.param(["cancel", "ok", "ok"], "2 of 3", ["Finished", "Created", "Created"], id="between two steps"),
-    pytest.param(["cancel then fail", "ok"], "1 of 2", ["Failed", "Created"], id="as a step fails"),
+    pytest.param(["cancel", "ok", "ok"], "2 of 3", ["Finished", "Created", "Created"],
+                 id="between two steps"),
+    pytest.param(["cancel then fail", "ok"], "1 of 2", ["Failed", "Created"],
+                 id="as a step fails"),
     pytest.param(["ok", "cancel"], "0 of 2", ["Finished", "Finished"], id="in the last step"),
-    pytest.param(["ok", "cancel then fail"], "0 of 2", ["Finished", "Failed"], id="as the last step fails"),
+    pytest.param(["ok", "cancel then fail"], "0 of 2", ["Finished", "Failed"],
+                 id="as the last step fails"),
 ])
 @pytest.mark.parametrize("attempts", [1, 3])
-def test_it_wins_over_the_end_of_a_step(ask, run_once, conn, job, states, type_name, steps, left, ended, attempts):
+def test_it_wins_over_the_end_of_a_step(ask, run_once, conn, job, states, type_name, steps, left,
+                                        ended, attempts):
     conn.execute("UPDATE job_types SET max_attempts = %s", [attempts])
     job_id = ask(*steps, type_name=type_name)
     behind = ask("ok")
@@ -68,7 +74,8 @@ def test_it_wins_over_a_recovery(ask, dsn, conn, job, states):
     job_id = ask("ok", "ok")
     conn.execute("UPDATE job_instances SET state = 'Running', started = now(), worker_id = 4711")
     conn.execute("INSERT INTO job_steps (job_instance_id, position, state, started, attempts) "
-                 "VALUES (%s, 1, 'Running', now(), 1), (%s, 2, 'Created', NULL, 0)", [job_id, job_id])
+                 "VALUES (%s, 1, 'Running', now(), 1), (%s, 2, 'Created', NULL, 0)",
+                 [job_id, job_id])
     assert control.cancel_job(conn, job_id, "wrong park") == "Running"
     neighbour = Worker(dsn)
     assert recover(neighbour) == {job_id: "Failed"}

@@ -18,19 +18,20 @@ def evil_rows(conn):
     conn.execute("INSERT INTO job_types (name, description) VALUES (%s, %s)", [EVIL, EVIL])
     conn.execute("INSERT INTO job_instances (job_type_id, description, parameters) "
                  "SELECT id, name, jsonb_build_object('a', name) FROM job_types")
-    conn.execute("INSERT INTO job_instances (job_type_id, description, parameters, state, comment, "
-                 "started, finished) SELECT id, name, '{}', 'Failed', name, now(), now() "
+    conn.execute("INSERT INTO job_instances (job_type_id, description, parameters, state, "
+                 "comment, started, finished) SELECT id, name, '{}', 'Failed', name, now(), now() "
                  "FROM job_types")
-    conn.execute("INSERT INTO job_steps (job_instance_id, position, name, state, comment, started, "
-                 "finished) SELECT id, 1, comment, 'Failed', comment, now(), now() "
+    conn.execute("INSERT INTO job_steps (job_instance_id, position, name, state, comment, "
+                 "started, finished) SELECT id, 1, comment, 'Failed', comment, now(), now() "
                  "FROM job_instances WHERE state = 'Failed'")
     conn.execute("INSERT INTO job_schedules (job_type_id, description, parameters, every, "
                  "first_start) SELECT id, name, '{}', '1 day', '2026-01-01' FROM job_types")
 
 
 @pytest.mark.parametrize("command", [
-    "list", "list --json", "show 1", "show 2", "show 2 --json", "log 2", "stats", "types", "doctor",
-    "schedule list", "cancel --state Created --dry-run", "retry --state Failed --dry-run",
+    "list", "list --json", "show 1", "show 2", "show 2 --json", "log 2", "stats", "types",
+    "doctor", "schedule list", "cancel --state Created --dry-run",
+    "retry --state Failed --dry-run",
 ])
 def test_no_output_holds_a_control_character(evil_rows, capsys, command):
     jobctl.main(command.split())

@@ -82,7 +82,8 @@ def site(conn, dsn, capsys):
         SELECT id, 1, 'LAN-01', 'Failed', 'no wind', now(), now() FROM job_instances""")
     conn.execute("SELECT setval('job_instances_id_seq', 42)")
     conn.execute("""
-        INSERT INTO job_schedules (job_type_id, every, first_start, next_start, enabled, parameters)
+        INSERT INTO job_schedules (
+               job_type_id, every, first_start, next_start, enabled, parameters)
         SELECT id, '1 day', '2025-12-30Z', '2026-01-01Z', false,
                '{"object_names": ["LAN-01"], "alarm_ids": [111]}'
           FROM job_types WHERE name = 'Alarm Calculation'""")

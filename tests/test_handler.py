@@ -1,4 +1,4 @@
-"""handler.py as cron and systemd start it: real processes, real signals, exit statuses, what is said."""
+"""handler.py as cron and systemd start it: real processes and signals, exit statuses, the log."""
 
 import signal
 import threading
@@ -22,7 +22,8 @@ def ask(conn):
     control.write_types(conn, ["Scripted", "Noop"])
 
     def ask(steps=("ok",), description="night run", **parameters):
-        return control.create_job(conn, "Scripted", {"steps": list(steps)} | parameters, description)
+        return control.create_job(conn, "Scripted", {"steps": list(steps)} | parameters,
+                                  description)
     return ask
 
 
@@ -82,7 +83,8 @@ def test_a_bug_in_a_job_file_fails_its_job_and_nothing_else(run_handler, ask, st
 
 def test_verbose_logs_a_line_per_job_and_twice_one_per_step(run_handler, ask):
     ask()
-    assert "job=1 type='Scripted' state=Finished steps=1 failed=0" in run_handler("--once", *SAMPLES, "-v").stderr
+    said = run_handler("--once", *SAMPLES, "-v").stderr
+    assert "job=1 type='Scripted' state=Finished steps=1 failed=0" in said
     ask()
     assert "job=2 step=2 state=Finished name='ok'" in run_handler("--once", *SAMPLES, "-vv").stderr
 
@@ -122,7 +124,8 @@ def test_limit_bounds_the_jobs_of_all_workers(run_handler, ask, states, args):
     (["--limit", "-1"], "'-1' is not a whole number from 1"),
     (["--poll", "nan"], "'nan' is not a number of seconds above 0"),
     (["--type", "Alarm"], "--type: unknown 'Alarm'; known: 'Alarm Calculation'"),
-    (["--module", "no_such_file"], "module 'no_such_file' cannot be loaded: ModuleNotFoundError: No module named"),
+    (["--module", "no_such_file"],
+     "module 'no_such_file' cannot be loaded: ModuleNotFoundError: No module named"),
     (["--dsn", "nonsense"], "no libpq connection string"),
     (["--dsn", "password=s3cret host"], "no libpq connection string"),
     (["--onec"], "unrecognized arguments"),
@@ -168,7 +171,8 @@ def test_a_refused_password_is_status_3_and_not_shown(run_handler, server, conn)
 def test_a_new_job_wakes_an_idle_worker(start_handler, ask, states, conn):
     start_handler(*SAMPLES, "--poll", "1000")
     wait_for(lambda: conn.execute(  # the last statement of an idle turn
-        "SELECT 1 FROM pg_stat_activity WHERE application_name LIKE 'performance server worker %%' "
+        "SELECT 1 FROM pg_stat_activity "
+        "WHERE application_name LIKE 'performance server worker %%' "
         "AND state = 'idle' AND query LIKE '%%candidate AS (%%'").fetchone())
     ask()
     wait_for(lambda: states() == ["Finished"], timeout=10)
@@ -196,7 +200,8 @@ def test_a_signal_finishes_the_running_step_and_hands_the_job_back(
     assert (job["state"], job["worker_id"], job["attempts"]) == ("Queued", None, 0)
     run_handler("--once", *SAMPLES)
     assert states() == ["Finished"]
-    assert [r["attempts"] for r in conn.execute("SELECT attempts FROM job_steps ORDER BY id")] == [1, 1, 1]
+    assert [r["attempts"] for r in
+            conn.execute("SELECT attempts FROM job_steps ORDER BY id")] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("args", [[], ["--workers", "2"]])
@@ -245,7 +250,8 @@ def test_overlapping_runs_share_the_work(start_handler, ask, states, conn):
     runs = [start_handler("--once", *SAMPLES) for _ in range(3)]
     assert [run.wait(timeout=30) for run in runs] == [0, 0, 0]
     assert states() == ["Finished"] * 40
-    assert conn.execute("SELECT max(attempts), count(*) FROM job_steps").fetchone() == {"max": 1, "count": 200}
+    assert conn.execute("SELECT max(attempts), count(*) FROM job_steps").fetchone() == {
+        "max": 1, "count": 200}
 
 
 @pytest.mark.parametrize("limit", [1, 3])
@@ -278,14 +284,15 @@ def test_a_paused_type_waits(run_handler, ask, states, conn):
 
 
 def test_a_long_job_waits_for_the_disk_once_per_step(conn, dsn, server):
-    """Commits that wait are those whose WAL is flushed by their own backend: about one per step."""
+    """Commits that wait are those whose WAL their own backend flushes: about one per step."""
     worker = Worker(dsn)
     use_worker(worker)
     control.write_types(worker.connection, ["Noop"])
     job = sample_jobs.Noop(control.create_job(worker.connection, "Noop", {"steps": 200}))
     statements = []
     execute = worker.execute
-    worker.execute = lambda sql, *args, **more: statements.append(sql) or execute(sql, *args, **more)
+    worker.execute = lambda sql, *args, **more: (
+        statements.append(sql) or execute(sql, *args, **more))
     job.run()
     waiting = [sql for sql in statements if "'synchronous_commit', 'off'" not in sql]
     assert len(waiting) == 200
@@ -309,7 +316,7 @@ def test_the_end_of_a_job_waits_for_the_disk_whether_or_not_another_is_claimed_w
 
 @pytest.fixture
 def small_tables(conn, dsn):
-    """Return a worker that planned its statements while the tables were small, and what counts whole reads of one."""
+    """Return a worker that planned while the tables were small, and what counts whole reads."""
     worker = Worker(dsn)
     use_worker(worker)
     control.write_types(worker.connection, ["Noop"])
@@ -320,7 +327,8 @@ def small_tables(conn, dsn):
 
     def read_whole(table):
         flush_statistics(worker.connection)
-        row = conn.execute("SELECT seq_scan FROM pg_stat_user_tables WHERE relname = %s", [table]).fetchone()
+        row = conn.execute("SELECT seq_scan FROM pg_stat_user_tables WHERE relname = %s",
+                           [table]).fetchone()
         return row["seq_scan"]
     yield worker, read_whole
     use_worker(None)

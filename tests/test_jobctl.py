@@ -20,7 +20,8 @@ import tables
 from worker import Worker, use_worker
 
 ROOT = Path(__file__).parents[1]
-MARCH = {"object_names": ["LAN-01"], "alarm_ids": [111], "start": "2026-03-01 00:00:00", "end": "2026-04-01 00:00:00"}
+MARCH = {"object_names": ["LAN-01"], "alarm_ids": [111],
+         "start": "2026-03-01 00:00:00", "end": "2026-04-01 00:00:00"}
 NIGHTLY = json.dumps({"object_names": ["LAN-01"], "alarm_ids": [111]})
 
 
@@ -63,7 +64,8 @@ def ran(ctl, conn, dsn):
 
 
 def run(*args, **options):
-    return subprocess.run([sys.executable, str(ROOT / "jobctl.py"), *args], capture_output=True, text=True, **options)
+    return subprocess.run([sys.executable, str(ROOT / "jobctl.py"), *args],
+                          capture_output=True, text=True, **options)
 
 
 def test_init_makes_an_empty_database_ready_and_may_be_repeated(server, template):
@@ -83,8 +85,8 @@ def test_init_makes_an_empty_database_ready_and_may_be_repeated(server, template
     [json.dumps(MARCH)],
     ["-d", "March", json.dumps(MARCH)],
     ["-"],
-    ["-p", f"start={MARCH['start']}", "-p", f"end={MARCH['end']}", "-p", 'object_names:=["LAN-01"]',
-     "-p", "alarm_ids:=[111]"],
+    ["-p", f"start={MARCH['start']}", "-p", f"end={MARCH['end']}",
+     "-p", 'object_names:=["LAN-01"]', "-p", "alarm_ids:=[111]"],
 ])
 def test_create_prints_the_id_and_nothing_else(ctl, conn, args, monkeypatch, tmp_path):
     (tmp_path / "in").write_text(json.dumps(MARCH))
@@ -94,8 +96,8 @@ def test_create_prints_the_id_and_nothing_else(ctl, conn, args, monkeypatch, tmp
 
 
 def test_create_with_everything(ctl, conn):
-    args = ["create", "Alarm Calculation", json.dumps(MARCH), "--priority", "5", "--run-after", "2030-01-01 00:00:00",
-            "--unique-key", "LAN march"]
+    args = ["create", "Alarm Calculation", json.dumps(MARCH), "--priority", "5",
+            "--run-after", "2030-01-01 00:00:00", "--unique-key", "LAN march"]
     assert ctl(*args) == ctl(*args) == "1\n"
     job = conn.execute("SELECT * FROM job_instances").fetchone()
     assert (job["priority"], job["run_after"]) == (5, datetime(2030, 1, 1, tzinfo=UTC))
@@ -104,7 +106,8 @@ def test_create_with_everything(ctl, conn):
 @pytest.mark.parametrize(("args", "text"), [
     (["Alarm", "{}"], "there is no job type 'Alarm'; known: 'Alarm Calculation'"),
     (["Alarm Calculation", "{}"], "$: 'object_names' is a required property"),
-    (["Alarm Calculation", '{"start": 1'], "the parameters are not JSON: Expecting ',' delimiter: line 1 column 12"),
+    (["Alarm Calculation", '{"start": 1'],
+     "the parameters are not JSON: Expecting ',' delimiter: line 1 column 12"),
     (["Alarm Calculation", "[]"], "the parameters are []; write a JSON object"),
     (["Alarm Calculation", "@/no/such/file"], "cannot read the parameters"),
 ])
@@ -124,8 +127,9 @@ def test_list_and_its_filters(ctl, ran):
     lines = ctl("list").splitlines()
     assert [line.split()[0] for line in lines[2:]] == [str(bad), str(good)]
     assert "1 (50.00%) steps failed" in lines[2]
-    for args, ids in [(["--state", "Failed"], [bad]), (["--type", "Noop"], []), (["--text", "GOO"], [good]),
-                      (["--text", "50.00%"], [bad]), (["--since", "2999-01-01 00:00:00"], []), (["--limit", 1], [bad])]:
+    for args, ids in [(["--state", "Failed"], [bad]), (["--type", "Noop"], []),
+                      (["--text", "GOO"], [good]), (["--text", "50.00%"], [bad]),
+                      (["--since", "2999-01-01 00:00:00"], []), (["--limit", 1], [bad])]:
         assert [row["id"] for row in json.loads(ctl("list", "--json", *args))] == ids
 
 
@@ -134,7 +138,8 @@ def test_show_tells_steps_results_and_errors(ctl, ran):
     for part in ("Job 2  Scripted  Failed  bad", "1 of 2 done, 1 failed", "said=ok", "no wind"):
         assert part in shown
     full = json.loads(ctl("show", ran[1], "--json"))
-    assert (full["job"]["progress"], [s["state"] for s in full["steps"]]) == (1, ["Finished", "Failed"])
+    assert full["job"]["progress"] == 1
+    assert [s["state"] for s in full["steps"]] == ["Finished", "Failed"]
     assert "there is no job 99" in ctl("show", 99, expect=1)
 
 
@@ -156,36 +161,42 @@ def test_cancel_and_retry(ctl, ran, conn):
 
 
 def test_stats(ctl, ran):
-    row = next(r for r in json.loads(ctl("stats", "--json", "--since", "1h")) if r["job_type"] == "Scripted")
+    row = next(r for r in json.loads(ctl("stats", "--json", "--since", "1h"))
+               if r["job_type"] == "Scripted")
     assert (row["waiting"], row["running"], row["ended"], row["failed"]) == (0, 0, 2, 1)
     assert (row["per_hour"], row["failure_rate"]) == (2, 0.5)
     assert "50.0" in ctl("stats")
 
 
 def test_prune_deletes_what_ended_long_ago_and_nothing_else(ctl, ran, conn):
-    conn.execute("UPDATE job_instances SET finished = now() - interval '91 days' WHERE id = %s", [ran[0]])
+    conn.execute("UPDATE job_instances SET finished = now() - interval '91 days' WHERE id = %s",
+                 [ran[0]])
     waiting = control.create_job(conn, "Scripted", {"steps": []})
     assert ctl("prune", "--older-than", "90d", "--dry-run") == "1 jobs would be deleted\n"
     assert ctl("prune", "--older-than", "90d") == "1 jobs deleted\n"
-    assert [r["id"] for r in conn.execute("SELECT id FROM job_instances ORDER BY id")] == [ran[1], waiting]
+    assert [r["id"] for r in conn.execute("SELECT id FROM job_instances ORDER BY id")] == [
+        ran[1], waiting]
     assert conn.execute("SELECT count(*) FROM job_steps").fetchone()["count"] == 2
 
 
 def test_prune_goes_in_batches_and_leaves_locked_jobs(ctl, ran, conn, dsn, monkeypatch):
     monkeypatch.setattr(control, "BATCH", 7)
     conn.execute("INSERT INTO job_instances (job_type_id, state, finished) "
-                 "SELECT job_type_id, 'Finished', now() - interval '1 year' FROM job_instances, generate_series(1, 15)")
+                 "SELECT job_type_id, 'Finished', now() - interval '1 year' "
+                 "FROM job_instances, generate_series(1, 15)")
     with perfdb.connect(dsn) as other, other.transaction():
         other.execute("SELECT FROM job_instances WHERE id = 10 FOR UPDATE")
         assert ctl("prune", "--older-than", "90d") == "29 jobs deleted\n"
-    assert [r["id"] for r in conn.execute("SELECT id FROM job_instances ORDER BY id")] == [*ran, 10]
+    assert [r["id"] for r in conn.execute("SELECT id FROM job_instances ORDER BY id")] == [
+        *ran, 10]
 
 
 def test_watch_follows_a_job_to_its_end(ctl, conn, start_handler):
     control.write_types(conn, ["Scripted"])
     job_id = control.create_job(conn, "Scripted", {"steps": ["sleep"] * 4, "sleep": 0.15})
-    watching = subprocess.Popen([sys.executable, ROOT / "jobctl.py", "watch", str(job_id), "--interval", "0.02"],
-                                stdout=subprocess.PIPE, text=True)
+    watching = subprocess.Popen(
+        [sys.executable, ROOT / "jobctl.py", "watch", str(job_id), "--interval", "0.02"],
+        stdout=subprocess.PIPE, text=True)
     assert f"job {job_id}  [........................] 0/0 Created" in watching.stdout.readline()
     start_handler("--once", "--module", "sample_jobs")
     lines = watching.communicate(timeout=20)[0].splitlines()
@@ -212,13 +223,14 @@ def test_states_are_coloured_on_a_terminal_only(monkeypatch):
 
 
 def test_a_closed_pipe_is_no_error(ran, dsn):
-    done = subprocess.run(f"{sys.executable} {ROOT}/jobctl.py list --json | head -1", shell=True, capture_output=True,
-                          text=True, check=True)
+    done = subprocess.run(f"{sys.executable} {ROOT}/jobctl.py list --json | head -1",
+                          shell=True, capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("[\n", "")
 
 
 @pytest.mark.parametrize(("args", "text"), [
-    (["lsit"], "invalid choice: 'lsit'"), (["show", "one"], "invalid int value: 'one'"), (["list", "-q"], "-q"),
+    (["lsit"], "invalid choice: 'lsit'"), (["show", "one"], "invalid int value: 'one'"),
+    (["list", "-q"], "-q"),
     (["prune", "--older-than", "long"], "'long' is no length of time; write 90d"),
     (["list", "--state", "Paused"], "invalid choice: 'Paused'"),
     (["create", "Alarm Calculation", "-p", "start"], "write key=value for a string or key:=json"),
@@ -241,8 +253,9 @@ def test_a_missing_database_or_table_is_status_3(dsn, conn, ctl, tmp_path):
 # Schedules.
 
 def test_a_schedule_is_added_listed_switched_and_removed(ctl, conn):
-    assert ctl("schedule", "add", "Alarm Calculation", "--every", "1 month", "--start", "2026-03-01 00:00:00Z",
-               "--delay", "2h", "-d", "monthly", NIGHTLY) == "1\n"
+    assert ctl("schedule", "add", "Alarm Calculation", "--every", "1 month",
+               "--start", "2026-03-01 00:00:00Z", "--delay", "2h", "-d", "monthly",
+               NIGHTLY) == "1\n"
     row = json.loads(ctl("schedule", "list", "--json"))[0]
     assert (row["every"], row["delay"], row["enabled"]) == ("1 mon", "02:00:00", True)
     assert "monthly" in ctl("schedule", "list")
@@ -254,12 +267,14 @@ def test_a_schedule_is_added_listed_switched_and_removed(ctl, conn):
 
 
 @pytest.mark.parametrize(("name", "parameters", "text"), [
-    ("Alarm Calculation", '{"object_names": [], "alarm_ids": [111]}', "$.object_names: [] should be non-empty"),
+    ("Alarm Calculation", '{"object_names": [], "alarm_ids": [111]}',
+     "$.object_names: [] should be non-empty"),
     ("Alarm Calculation", "{}", "'alarm_ids' is a required property"),
     ("Alarm", NIGHTLY, "there is no job type 'Alarm'"),
 ])
 def test_a_schedule_that_does_not_fit_is_refused(ctl, conn, name, parameters, text):
-    refused = ctl("schedule", "add", name, parameters, "--every", "1d", "--start", "2026-03-01 00:00:00Z", expect=1)
+    refused = ctl("schedule", "add", name, parameters, "--every", "1d",
+                  "--start", "2026-03-01 00:00:00Z", expect=1)
     assert text in refused
     assert conn.execute("SELECT count(*) FROM job_schedules").fetchone()["count"] == 0
 
@@ -282,7 +297,8 @@ def findings(ctl, conn):
     return findings
 
 
-A_JOB = "INSERT INTO job_instances (job_type_id, description) SELECT id, 'x' FROM job_types WHERE name = 'Noop'"
+A_JOB = ("INSERT INTO job_instances (job_type_id, description) "
+         "SELECT id, 'x' FROM job_types WHERE name = 'Noop'")
 
 
 @pytest.mark.parametrize(("statements", "text"), [
@@ -291,32 +307,42 @@ A_JOB = "INSERT INTO job_instances (job_type_id, description) SELECT id, 'x' FRO
     (["CREATE OR REPLACE FUNCTION job_schema_version() RETURNS int LANGUAGE sql AS 'SELECT 9'"],
      "schema: version 9 is newer"),
     (["INSERT INTO job_types (name) VALUES ('Gone')"], "types: no file here provides 'Gone'"),
-    (["DELETE FROM job_types WHERE name = 'Noop'"], "types: 'Noop' not in job_types: python jobctl.py init"),
-    ([A_JOB, "UPDATE job_instances SET worker_id = 4711"], "orphans: the workers of jobs 1 are dead"),
-    ([A_JOB, "UPDATE job_instances SET description = 'Latest'"], 'waiting: 1 jobs of \'Noop\' have "test"'),
-    ([A_JOB, "UPDATE job_types SET max_running = 0"], "waiting: 1 jobs of 'Noop', which is paused"),
-    ([A_JOB, "UPDATE job_instances SET created = now() - interval '1 h', run_after = now() - interval '1 h'"],
+    (["DELETE FROM job_types WHERE name = 'Noop'"],
+     "types: 'Noop' not in job_types: python jobctl.py init"),
+    ([A_JOB, "UPDATE job_instances SET worker_id = 4711"],
+     "orphans: the workers of jobs 1 are dead"),
+    ([A_JOB, "UPDATE job_instances SET description = 'Latest'"],
+     'waiting: 1 jobs of \'Noop\' have "test"'),
+    ([A_JOB, "UPDATE job_types SET max_running = 0"],
+     "waiting: 1 jobs of 'Noop', which is paused"),
+    ([A_JOB, "UPDATE job_instances SET created = now() - interval '1 h', "
+             "run_after = now() - interval '1 h'"],
      "waiting: 1 jobs of 'Noop' for over 10 minutes, and no handler runs"),
     (["INSERT INTO job_types (name) VALUES ('Gone')", A_JOB,
       "UPDATE job_instances SET job_type_id = (SELECT id FROM job_types WHERE name = 'Gone')"],
      "waiting: 1 jobs are of type 'Gone', which no file here provides"),
     (["INSERT INTO job_schedules (job_type_id, every, next_start) "
       "SELECT id, '1 d', now() FROM job_types WHERE name = 'Alarm Calculation'"],
-     "schedules: the parameters of schedule 1 do not fit 'Alarm Calculation': $: 'alarm_ids' is a required property"),
+     "schedules: the parameters of schedule 1 do not fit 'Alarm Calculation': $: 'alarm_ids' is a "
+     "required property"),
     (["INSERT INTO job_schedules (job_type_id, every, next_start) "
       "SELECT id, '1 h', now() - interval '5 h' FROM job_types WHERE name = 'Noop'"],
      "schedules: schedule 1 is behind"),
     ([A_JOB, "UPDATE job_instances SET state = 'Running', started = now(), worker_id = 1",
       "INSERT INTO job_steps (job_instance_id, position, name, state, started) "
-      "VALUES (1, 1, 'slow', 'Running', now() - interval '61 min')"], "steps: step 'slow' of job 1 runs since"),
-    (["INSERT INTO feature_values SELECT 1, 1, now() + n * interval '1 s', n FROM generate_series(1, 200000) n",
+      "VALUES (1, 1, 'slow', 'Running', now() - interval '61 min')"],
+     "steps: step 'slow' of job 1 runs since"),
+    (["INSERT INTO feature_values "
+      "SELECT 1, 1, now() + n * interval '1 s', n FROM generate_series(1, 200000) n",
       "ANALYZE feature_values"], "feature_values: only 0% of"),
-    (["DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET TimeZone = %L', current_database(), 'Asia/Tokyo'); END $$"],
+    (["DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET TimeZone = %L', current_database(), "
+      "'Asia/Tokyo'); END $$"],
      "zone: the database shows times in Asia/Tokyo, jobs mean UTC"),
 ])
 def test_doctor_finds(findings, conn, statements, text):
     assert text in findings(*statements)
-    conn.execute("DO $$ BEGIN EXECUTE format('ALTER DATABASE %I RESET TimeZone', current_database()); END $$")
+    conn.execute("DO $$ BEGIN EXECUTE format('ALTER DATABASE %I RESET TimeZone', "
+                 "current_database()); END $$")
 
 
 def test_doctor_finds_a_pooler_that_shares_sessions(dsn):
@@ -327,7 +353,8 @@ def test_doctor_finds_a_pooler_that_shares_sessions(dsn):
 
 
 def test_doctor_finds_an_old_transaction_and_a_full_server(dsn, conn, monkeypatch):
-    monkeypatch.setattr(doctor, "OLD_TRANSACTIONS_SQL", doctor.OLD_TRANSACTIONS_SQL.replace("1 hour", "0 s"))
+    monkeypatch.setattr(doctor, "OLD_TRANSACTIONS_SQL",
+                        doctor.OLD_TRANSACTIONS_SQL.replace("1 hour", "0 s"))
     monkeypatch.setattr(doctor, "MOST_CONNECTIONS", 0.001)
     with perfdb.connect(dsn) as other, other.transaction():
         other.execute("SELECT 1")

@@ -43,7 +43,8 @@ def test_each_role_can_do_its_work(roles, run_handler, conn):
                  "VALUES (1, %s, '1 day', now() - interval '1.5 days')", [jobs.Jsonb(PARAMETERS)])
     run_handler("--once", "--workers", "2", "--dsn", roles("perf_run"))
     with perfdb.connect(roles("perf_look")) as look:
-        assert look.execute("SELECT state, steps_done FROM v_job_instances").fetchall() == [("Finished", 1)] * 2
+        assert look.execute("SELECT state, steps_done FROM v_job_instances").fetchall() == [
+            ("Finished", 1)] * 2
         assert look.execute("SELECT count(*) FROM v_job_steps").fetchone() == (2,)
         assert look.execute("SELECT count(*) FROM alarms_history").fetchone() == (1,)
 
@@ -61,7 +62,8 @@ def test_the_loading_role_loads_and_asks(roles, tmp_path, monkeypatch):
 
 def test_the_running_role_recovers_cancels_and_retries(roles, conn, run_handler):
     job_id = control.create_job(conn, "Alarm Calculation", PARAMETERS)
-    conn.execute("UPDATE job_instances SET worker_id = 4711, state = 'Running', started = now()")  # of a dead worker
+    conn.execute("UPDATE job_instances SET worker_id = 4711, state = 'Running', "
+                 "started = now()")  # of a dead worker
     with perfdb.connect(roles("perf_run")) as run:
         assert control.cancel_job(run, job_id) == "Running"
         run_handler("--once", "--dsn", roles("perf_run"), expect=1)
@@ -89,7 +91,8 @@ def test_the_running_role_recovers_cancels_and_retries(roles, conn, run_handler)
     ("perf_look", "UPDATE job_instances SET comment = 'x'"),
 ])
 def test_no_role_can_do_more(roles, role, statement):
-    with perfdb.connect(roles(role)) as connection, pytest.raises(psycopg.errors.InsufficientPrivilege):
+    with (perfdb.connect(roles(role)) as connection,
+          pytest.raises(psycopg.errors.InsufficientPrivilege)):
         connection.execute(statement)
 
 

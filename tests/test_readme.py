@@ -22,13 +22,15 @@ def test_the_job_type_of_ones_own_is_whole_short_and_runs(conn, run_handler, tmp
 
     make_park(conn)
     add_samples(conn, every_ten_minutes([5.0] * 6))
-    run_handler("--once", "--module", "sample_count", env={"PYTHONPATH": str(tmp_path)})  # writes the type
+    environment = {"PYTHONPATH": str(tmp_path)}
+    run_handler("--once", "--module", "sample_count", env=environment)  # writes the type
     conn.execute("INSERT INTO job_instances (job_type_id, description, parameters) "
                  "SELECT id, 'how many', %s FROM job_types WHERE name = 'Sample Count'",
                  [jobs.Jsonb({"object_names": ["LAN-01", "LAN-02"], "feature": "wind_speed",
                               "start": f"{MIDNIGHT:%F %T}", "end": "2026-03-02 00:00:00"})])
-    run_handler("--once", "--module", "sample_count", env={"PYTHONPATH": str(tmp_path)}, expect=1)
-    steps = conn.execute("SELECT state, result, comment FROM job_steps ORDER BY position").fetchall()
+    run_handler("--once", "--module", "sample_count", env=environment, expect=1)
+    steps = conn.execute(
+        "SELECT state, result, comment FROM job_steps ORDER BY position").fetchall()
     assert [tuple(s.values()) for s in steps] == [
         ("Finished", {"samples": 6}, None),
         ("Failed", None, "no samples of 'wind_speed' in this period")]

@@ -1,4 +1,4 @@
-"""Nothing is lost: killed, stopped and cut-off workers, restarts of PostgreSQL, everybody at once."""
+"""Nothing is lost: killed, stopped, cut-off workers, restarts of PostgreSQL, everybody at once."""
 
 import contextlib
 import os
@@ -26,7 +26,7 @@ SAMPLES = ("--module", "sample_jobs")
 @pytest.fixture
 def ask(conn, dsn):
     control.write_types(conn, ["Scripted", "Transactional"])
-    conn.execute("CREATE TABLE trace (job_id bigint, step_id bigint)")  # one row per effect of a step
+    conn.execute("CREATE TABLE trace (job_id bigint, step_id bigint)")  # a row per effect
 
     def ask(*steps, type_name="Transactional", sleep=60):
         return control.create_job(conn, type_name, {"steps": list(steps), "sleep": sleep})
@@ -63,7 +63,8 @@ def worker_pid(rows):
     return rows("SELECT w.pid FROM job_workers w JOIN job_instances j ON j.worker_id = w.id")[0][0]
 
 
-def test_a_killed_workers_job_goes_on_at_the_next_run(start_handler, run_handler, ask, rows, states, is_running):
+def test_a_killed_workers_job_goes_on_at_the_next_run(start_handler, run_handler, ask, rows,
+                                                      states, is_running):
     ask("ok", "sleep", "ok", sleep=0.5)
     handler = start_handler(*SAMPLES)
     wait_for(lambda: is_running(1))
@@ -85,7 +86,8 @@ def test_an_idle_neighbour_takes_over_within_two_seconds(start_handler, ask, row
     wait_for(lambda: len(rows("SELECT 1 FROM job_workers")) == 2)
     os.kill(worker_pid(rows), signal.SIGKILL)
     killed = time.monotonic()
-    wait_for(lambda: rows("SELECT 1 FROM job_steps WHERE attempts = 2 AND state = 'Running'"), timeout=5)
+    wait_for(lambda: rows("SELECT 1 FROM job_steps WHERE attempts = 2 AND state = 'Running'"),
+             timeout=5)
     assert time.monotonic() - killed < 2
     wait_for(lambda: rows("SELECT 1 FROM job_instances WHERE state = 'Finished'"))
 
@@ -98,8 +100,10 @@ def test_a_step_that_kills_its_worker_is_given_up_after_three(run_handler, ask, 
     run_handler("--once", *SAMPLES, expect=1)
     assert states() == ["Finished", "Failed", "Finished"]
     comment = rows("SELECT comment FROM job_steps WHERE state = 'Failed'")[0][0]
-    assert comment.startswith("Its worker died in this step 3 times; it is not run again by itself.")
-    assert rows("SELECT state, comment FROM job_instances") == [("Failed", "1 (33.33%) steps failed")]
+    assert comment.startswith(
+        "Its worker died in this step 3 times; it is not run again by itself.")
+    assert rows("SELECT state, comment FROM job_instances") == [
+        ("Failed", "1 (33.33%) steps failed")]
 
 
 def test_a_pool_survives_a_step_that_kills_its_workers(run_handler, ask, states):
@@ -117,13 +121,15 @@ def test_a_worker_that_was_taken_over_writes_no_more(start_handler, ask, rows, s
     rows("UPDATE job_instances SET worker_id = NULL RETURNING 1")  # as an operator may do by hand
     start_handler(*SAMPLES)
     wait_for(lambda: states("job_instances") == ["Finished"])
-    wait_for(lambda: b"dropped: job 1 was taken over; step 1 is not recorded" in first.log.read_bytes())
+    wait_for(lambda: (b"dropped: job 1 was taken over; step 1 is not recorded"
+                      in first.log.read_bytes()))
     assert first.poll() is None  # it goes on with other work
     assert with_lock == first.pid
     assert effects(rows) == (2, 2)
 
 
-def test_a_stopped_worker_finds_its_job_done_when_it_wakes(start_handler, run_handler, ask, rows, states, is_running):
+def test_a_stopped_worker_finds_its_job_done_when_it_wakes(start_handler, run_handler, ask, rows,
+                                                           states, is_running):
     ask("sleep", "ok", sleep=0.3)
     stopped = start_handler(*SAMPLES)
     wait_for(is_running)
@@ -137,7 +143,8 @@ def test_a_stopped_worker_finds_its_job_done_when_it_wakes(start_handler, run_ha
     assert effects(rows) == (2, 2)
 
 
-def test_a_worker_that_lost_its_connection_goes_on_with_its_job(start_handler, ask, rows, states, is_running):
+def test_a_worker_that_lost_its_connection_goes_on_with_its_job(start_handler, ask, rows, states,
+                                                                is_running):
     ask("ok", "sleep", "ok", sleep=0.3)
     handler = start_handler(*SAMPLES)
     wait_for(lambda: is_running(1))
@@ -149,26 +156,31 @@ def test_a_worker_that_lost_its_connection_goes_on_with_its_job(start_handler, a
     assert handler.poll() is None
 
 
-def test_a_hanging_worker_is_ended_by_a_neighbour(start_handler, run_handler, ask, rows, states, is_running):
+def test_a_hanging_worker_is_ended_by_a_neighbour(start_handler, run_handler, ask, rows, states,
+                                                  is_running):
     ask("sleep", "ok")
     hanging = start_handler(*SAMPLES)
     wait_for(is_running)
     hanging.send_signal(signal.SIGSTOP)
     run_handler("--once", *SAMPLES)
     assert states() == ["Running", "Created"]  # it may only be slow
-    rows("UPDATE job_steps SET started = now() - interval '1 hour 61 s' WHERE state = 'Running' RETURNING 1")
+    rows("UPDATE job_steps SET started = now() - interval '1 hour 61 s' "
+         "WHERE state = 'Running' RETURNING 1")
     run_handler("--once", *SAMPLES, expect=1)
     assert states() == ["Failed", "Finished"]
-    assert rows("SELECT comment FROM job_steps")[0][0].startswith("Overrun: longer than the step limit of 01:00:00")
+    assert rows("SELECT comment FROM job_steps")[0][0].startswith(
+        "Overrun: longer than the step limit of 01:00:00")
 
 
 def test_a_worker_that_hangs_at_its_commit_keeps_no_neighbour(run_handler, ask, rows, states, dsn):
     ask("ok", "ok")
     hanging = Worker(dsn)
     jobs.take_up(hanging, claim(hanging, "Transactional"))
-    rows("UPDATE job_steps SET started = now() - interval '1 hour 61 s' WHERE state = 'Running' RETURNING 1")
+    rows("UPDATE job_steps SET started = now() - interval '1 hour 61 s' "
+         "WHERE state = 'Running' RETURNING 1")
     hanging.connection.execute("BEGIN")
-    hanging.connection.execute("UPDATE job_steps SET state = 'Finished', finished = now() WHERE position = 1")
+    hanging.connection.execute(
+        "UPDATE job_steps SET state = 'Finished', finished = now() WHERE position = 1")
     run_handler("--once", *SAMPLES)
     with pytest.raises(psycopg.OperationalError):
         hanging.connection.execute("COMMIT")
@@ -194,18 +206,21 @@ def test_a_worker_that_hangs_in_a_recovery_does_not_keep_the_job(ask, rows, dsn,
     neighbour.close()
 
 
-def test_a_dead_worker_of_a_long_step_is_no_overrun(start_handler, run_handler, ask, rows, states, is_running):
+def test_a_dead_worker_of_a_long_step_is_no_overrun(start_handler, run_handler, ask, rows, states,
+                                                    is_running):
     ask("sleep", sleep=0.2)
     handler = start_handler(*SAMPLES)
     wait_for(is_running)
     handler.kill()
     handler.wait()
-    rows("UPDATE job_steps SET started = now() - interval '3 hours' RETURNING 1")  # nobody looked for hours
+    # nobody looked for hours
+    rows("UPDATE job_steps SET started = now() - interval '3 hours' RETURNING 1")
     run_handler("--once", *SAMPLES)
     assert states() == ["Finished"]
 
 
-def test_restarts_of_postgresql_cost_nothing_and_are_no_deaths(server, start_handler, ask, rows, states):
+def test_restarts_of_postgresql_cost_nothing_and_are_no_deaths(server, start_handler, ask, rows,
+                                                               states):
     ask(*["sleep"] * 12, sleep=0.25)
     start_handler(*SAMPLES, "--workers", "2")
     for n in range(4):
@@ -229,7 +244,8 @@ def test_a_connection_lost_while_starting_is_not_the_end(conn, dsn, monkeypatch)
         write_types(connection, names)
     monkeypatch.setattr(control, "write_types", lose_then_write)
     assert handler.JobHandler(dsn, types=["Noop"], once=True).run() == handler.OK
-    assert conn.execute("SELECT state FROM job_instances WHERE id = %s", [job_id]).fetchone()["state"] == "Finished"
+    assert conn.execute("SELECT state FROM job_instances WHERE id = %s",
+                        [job_id]).fetchone()["state"] == "Finished"
 
 
 def test_all_workers_are_back_soon_after_a_restart(server, start_handler, conn, rows):
@@ -237,11 +253,13 @@ def test_all_workers_are_back_soon_after_a_restart(server, start_handler, conn, 
         start_handler("--poll", "1000")
     wait_for(lambda: len(rows("SELECT 1 FROM job_workers")) == 3)
     server.restart("fast")
-    wait_for(lambda: rows("SELECT count(*) FROM pg_locks l JOIN job_workers w ON w.backend_pid = l.pid "
+    wait_for(lambda: rows("SELECT count(*) FROM pg_locks l "
+                          "JOIN job_workers w ON w.backend_pid = l.pid "
                           "WHERE l.locktype = 'advisory'") == [(3,)], timeout=10)
 
 
-def test_once_gives_up_when_the_database_stays_away(start_handler, server, ask, rows, conn, is_running):
+def test_once_gives_up_when_the_database_stays_away(start_handler, server, ask, rows, conn,
+                                                    is_running):
     ask("sleep", sleep=0.3)
     handler = start_handler("--once", *SAMPLES)
     wait_for(is_running)
@@ -249,7 +267,8 @@ def test_once_gives_up_when_the_database_stays_away(start_handler, server, ask, 
     with psycopg.connect(server.dsn(), autocommit=True) as admin:
         admin.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
         try:
-            admin.execute("SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = %s", [name])
+            admin.execute("SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity "
+                          "WHERE datname = %s", [name])
             assert handler.wait(timeout=30) == 3
         finally:
             admin.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
@@ -268,7 +287,8 @@ def test_a_dead_worker_process_is_replaced(start_handler, ask, rows, states, is_
     wait_for(lambda: [pid for (pid,) in rows("SELECT pid FROM job_workers") if pid != dead][1:])
 
 
-def test_a_killed_handler_takes_its_workers_down_after_their_step(start_handler, ask, rows, states, is_running):
+def test_a_killed_handler_takes_its_workers_down_after_their_step(start_handler, ask, rows, states,
+                                                                  is_running):
     ask("sleep", "ok", sleep=0.5)
     handler = start_handler(*SAMPLES, "--workers", "2")
     wait_for(is_running)
@@ -339,7 +359,8 @@ def test_claim_finish_cancel_retry_and_recovery_do_not_deadlock(dsn, ask):
 
     threads = [threading.Thread(target=operator, args=[act]) for act in (
         lambda c, i: control.cancel_job(c, i), lambda c, i: control.retry_job(c, i),
-        lambda c, i: control.retry_job(c, i, True))] + [threading.Thread(target=work) for _ in range(3)]
+        lambda c, i: control.retry_job(c, i, True))]
+    threads += [threading.Thread(target=work) for _ in range(3)]
     for t in threads: t.start()
     for t in threads: t.join()
     use_worker(None)

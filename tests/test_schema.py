@@ -4,7 +4,8 @@ import psycopg
 import pytest
 
 TYPE_SQL = "INSERT INTO job_types (name) VALUES ('Noop') RETURNING id"
-JOB_SQL = "INSERT INTO job_instances (job_type_id, description, parameters) VALUES (%s, 'x', '{}') RETURNING *"
+JOB_SQL = ("INSERT INTO job_instances (job_type_id, description, parameters) "
+           "VALUES (%s, 'x', '{}') RETURNING *")
 
 
 @pytest.fixture
@@ -14,8 +15,9 @@ def job(conn):
 
 @pytest.fixture
 def step(conn, job):
-    return conn.execute("INSERT INTO job_steps (job_instance_id, position) VALUES (%s, 1) RETURNING *",
-                        [job["id"]]).fetchone()
+    return conn.execute(
+        "INSERT INTO job_steps (job_instance_id, position) VALUES (%s, 1) RETURNING *",
+        [job["id"]]).fetchone()
 
 
 def test_three_columns_are_a_complete_request(job):
@@ -71,15 +73,18 @@ def test_a_step_cannot_lie(conn, step, constraint, change):
      "INSERT INTO job_types (name, step_timeout) VALUES ('x', '101 years')"),
     ("job_type_retry_delay_not_negative",
      "INSERT INTO job_types (name, retry_delay) VALUES ('x', '101 years')"),
-    ("schedule_every_is_sensible", "INSERT INTO job_schedules (job_type_id, every, next_start) VALUES (1, '0', now())"),
+    ("schedule_every_is_sensible",
+     "INSERT INTO job_schedules (job_type_id, every, next_start) VALUES (1, '0', now())"),
     ("schedule_next_start_is_sensible",
-     "INSERT INTO job_schedules (job_type_id, every, next_start) VALUES (1, '1 day', '-infinity')"),
+     "INSERT INTO job_schedules (job_type_id, every, next_start) "
+     "VALUES (1, '1 day', '-infinity')"),
     ("object_bazefield_id_is_16_hex_digits",
      "INSERT INTO objects (object_model_id, name, bazefield_id) VALUES (1, 'LAN-01', '12')"),
     ("feature_sample_interval_is_positive",
      "INSERT INTO features (object_model_id, name, sample_interval) VALUES (1, 'p', '0')"),
     ("alarm_period_ends_after_it_starts",
-     "INSERT INTO alarms_history (object_id, alarm_id, start_time, end_time) VALUES (1, 1, now(), now())"),
+     "INSERT INTO alarms_history (object_id, alarm_id, start_time, end_time) "
+     "VALUES (1, 1, now(), now())"),
 ])
 def test_the_other_tables_refuse_nonsense_too(conn, constraint, insert):
     with pytest.raises(psycopg.errors.CheckViolation) as exc:
@@ -88,16 +93,19 @@ def test_the_other_tables_refuse_nonsense_too(conn, constraint, insert):
 
 
 def test_last_state_change_is_kept_whoever_changes_the_state(conn, job):
-    changed = conn.execute("UPDATE job_instances SET state = 'Queued' RETURNING last_state_change").fetchone()
+    changed = conn.execute("UPDATE job_instances SET state = 'Queued' "
+                           "RETURNING last_state_change").fetchone()
     assert changed["last_state_change"] > job["last_state_change"]
-    same = conn.execute("UPDATE job_instances SET comment = 'x' RETURNING last_state_change").fetchone()
+    same = conn.execute("UPDATE job_instances SET comment = 'x' "
+                        "RETURNING last_state_change").fetchone()
     assert same == changed
 
 
 UNCOMMENTED_SQL = """
 SELECT c.relname, a.attname
   FROM pg_class c
-  JOIN pg_attribute a ON a.attrelid = c.oid AND (a.attnum > 0 OR a.attnum = -1) AND NOT a.attisdropped
+  JOIN pg_attribute a ON a.attrelid = c.oid
+                     AND (a.attnum > 0 OR a.attnum = -1) AND NOT a.attisdropped
  WHERE c.relkind IN ('r', 'v')
    AND c.relnamespace = current_schema()::regnamespace
    AND (   c.relkind = 'r' AND a.attnum > 0 AND col_description(c.oid, a.attnum) IS NULL

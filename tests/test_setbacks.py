@@ -67,18 +67,21 @@ def jobs_are(conn):
 
 
 @pytest.mark.parametrize(("event", "what"), [
-    *itertools.product(["UPDATE OF worker_id ON job_instances", "INSERT ON job_steps", "UPDATE ON job_steps",
-                        "UPDATE OF finished ON job_instances"], ["disk_full", "serialization_failure"]),
-    *itertools.product(["UPDATE ON job_steps"], ["too_many_connections", "deadlock_detected", "admin_shutdown",
-                                                 "read_only_sql_transaction"])])
-def test_an_error_that_says_nothing_about_the_job_is_tried_again(ask, refuse, run_once, conn, jobs_are, event, what):
+    *itertools.product(["UPDATE OF worker_id ON job_instances", "INSERT ON job_steps",
+                        "UPDATE ON job_steps", "UPDATE OF finished ON job_instances"],
+                       ["disk_full", "serialization_failure"]),
+    *itertools.product(["UPDATE ON job_steps"],
+                       ["too_many_connections", "deadlock_detected", "admin_shutdown",
+                        "read_only_sql_transaction"])])
+def test_an_error_that_says_nothing_about_the_job_is_tried_again(ask, refuse, run_once, conn,
+                                                                 jobs_are, event, what):
     ask("ok", "ok")
     ask("ok")
     refuse(event, f"RAISE {what};")
     assert run_once() == handler.OK
     assert jobs_are() == [("Finished", 1, None)] * 2
-    assert conn.execute("SELECT count(*) AS rows, count(DISTINCT step_id) AS steps FROM trace").fetchone() == {
-        "rows": 3, "steps": 3}
+    assert conn.execute("SELECT count(*) AS rows, count(DISTINCT step_id) AS steps "
+                        "FROM trace").fetchone() == {"rows": 3, "steps": 3}
     assert conn.execute("SELECT DISTINCT attempts FROM job_steps").fetchall() == [{"attempts": 1}]
 
 
@@ -88,7 +91,8 @@ def test_what_a_step_itself_met_stays_its_failure(ask, run_once, jobs_are):
     assert jobs_are() == [("Failed", 1, "1 (50.00%) steps failed")]
 
 
-def test_a_job_whose_end_the_site_refuses_does_not_keep_the_others(ask, refuse, run_once, jobs_are):
+def test_a_job_whose_end_the_site_refuses_does_not_keep_the_others(ask, refuse, run_once,
+                                                                   jobs_are):
     bad = ask("ok", priority=9)
     ask("ok")
     refuse("UPDATE OF finished ON job_instances", "RAISE 'not on my watch';",
@@ -99,13 +103,14 @@ def test_a_job_whose_end_the_site_refuses_does_not_keep_the_others(ask, refuse, 
 
 
 def test_housekeeping_fails_alone(ask, refuse, conn, dsn, run_handler, jobs_are):
-    """A schedule whose INSERT is refused, an orphan that cannot be put back, types that cannot be written."""
+    """A schedule whose INSERT is refused, an orphan not to be put back, types not written."""
     orphan = ask()
     conn.execute("UPDATE job_instances SET worker_id = 4711 WHERE id = %s", [orphan])
     other = ask()
     conn.execute("UPDATE job_instances SET worker_id = 4712 WHERE id = %s", [other])
     conn.execute("INSERT INTO job_schedules (job_type_id, description, every, next_start) "
-                 "SELECT id, 'owed', '1 day', now() - interval '3 days' FROM job_types WHERE name = 'Noop'")
+                 "SELECT id, 'owed', '1 day', now() - interval '3 days' "
+                 "FROM job_types WHERE name = 'Noop'")
     ask()
     refuse("INSERT OR UPDATE ON job_instances", "RAISE 'not on my watch';",
            f"NEW.description = 'owed' OR NEW.id = {orphan}")
@@ -166,7 +171,8 @@ def test_a_service_waits_for_a_database_that_starts_up(dsn, conn, ask, jobs_are,
     port = StartingUp(3 * handler.TRIES, f"{given['host']}/.s.PGSQL.{given['port']}")
     port.start()
     service = without_waiting(handler.JobHandler(
-        make_conninfo(dsn, host="127.0.0.1", port=port.port, sslmode="disable", gssencmode="disable"),
+        make_conninfo(dsn, host="127.0.0.1", port=port.port, sslmode="disable",
+                      gssencmode="disable"),
         limit=Limit(1)))
     assert service.run() == handler.OK
     assert jobs_are() == [("Finished", 1, None)]
@@ -188,11 +194,14 @@ def test_an_idle_worker_writes_nothing(dsn, conn, start_handler):
     """Looks at the database again and again, and uses no transaction id."""
     start_handler("--poll", "0.1")
     seen = wait_for(lambda: conn.execute(
-        "SELECT a.pid, a.query_start FROM pg_stat_activity a JOIN job_workers w ON w.backend_pid = a.pid "
+        "SELECT a.pid, a.query_start FROM pg_stat_activity a "
+        "JOIN job_workers w ON w.backend_pid = a.pid "
         "WHERE a.query NOT LIKE '%job_types%'").fetchone())
-    before = conn.execute("SELECT pg_snapshot_xmax(pg_current_snapshot())::text AS next").fetchone()
+    next_sql = "SELECT pg_snapshot_xmax(pg_current_snapshot())::text AS next"
+    before = conn.execute(next_sql).fetchone()
     for _ in range(5):
         seen = wait_for(lambda seen=seen: conn.execute(
-            "SELECT pid, query_start FROM pg_stat_activity WHERE pid = %(pid)s AND query_start > %(query_start)s",
+            "SELECT pid, query_start FROM pg_stat_activity "
+            "WHERE pid = %(pid)s AND query_start > %(query_start)s",
             seen).fetchone())
-    assert conn.execute("SELECT pg_snapshot_xmax(pg_current_snapshot())::text AS next").fetchone() == before
+    assert conn.execute(next_sql).fetchone() == before

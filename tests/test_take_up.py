@@ -1,4 +1,4 @@
-"""Taking a job up is guarded as a step is; what a job file answers is looked at; a session is as it was."""
+"""Taking a job up is guarded as a step is; answers are looked at; a session is as it was."""
 
 from pathlib import Path
 
@@ -24,8 +24,9 @@ def ask(conn):
 
 @pytest.fixture
 def row(conn):
-    return lambda job_id: conn.execute("SELECT state, comment, attempts, worker_id FROM job_instances "
-                                       "WHERE id = %s", [job_id]).fetchone()
+    return lambda job_id: conn.execute(
+        "SELECT state, comment, attempts, worker_id FROM job_instances WHERE id = %s",
+        [job_id]).fetchone()
 
 
 @pytest.fixture
@@ -45,7 +46,8 @@ def run_once(dsn):
     ([{"object_id": 2**40}], "step 1: object_id is 1099511627776, not an int"),
     ([{"parameters": [1]}], "step 1: parameters is [1], not a dict"),
 ])
-def test_steps_of_another_shape_are_refused_with_what_is_accepted(ask, run_once, conn, row, answer, said):
+def test_steps_of_another_shape_are_refused_with_what_is_accepted(ask, run_once, conn, row,
+                                                                  answer, said):
     other = ask("Noop")
     job_id = ask("Taken Up", do="answer", answer=answer)
     assert run_once() == handler.JOBS_FAILED
@@ -74,10 +76,13 @@ def test_a_result_that_is_no_json_is_told_by_key_and_type(ask, run_once, conn, s
     assert "accepted: None, or a dict with text keys" in comment
 
 
-@pytest.mark.parametrize("parameters", ['{"n": ' + "7" * 5000 + "}", '{"a": ' + "[" * 1500 + "]" * 1500 + "}"],
+@pytest.mark.parametrize("parameters", ['{"n": ' + "7" * 5000 + "}",
+                                        '{"a": ' + "[" * 1500 + "]" * 1500 + "}"],
                          ids=["5,000 digits", "1,500 deep"])
-def test_parameters_that_cannot_be_loaded_fail_their_job_alone(ask, run_handler, conn, row, parameters):
-    bad = conn.execute("INSERT INTO job_instances (job_type_id, parameters) SELECT id, %s FROM job_types "
+def test_parameters_that_cannot_be_loaded_fail_their_job_alone(ask, run_handler, conn, row,
+                                                               parameters):
+    bad = conn.execute("INSERT INTO job_instances (job_type_id, parameters) "
+                       "SELECT id, %s FROM job_types "
                        "WHERE name = 'Noop' RETURNING id", [parameters]).fetchone()["id"]
     good = ask("Noop")
     run_handler("--once", *SAMPLES, expect=1)
@@ -126,7 +131,7 @@ def test_no_space_while_taken_up_is_not_the_jobs_fault(ask, run_handler, conn, r
     job_id = ask("Taken Up", do="disk full")
     done = run_handler("--once", *SAMPLES)
     assert (row(job_id)["state"], row(job_id)["attempts"]) == ("Finished", 1)
-    assert done.stderr.count("the database failed, trying again") == 1  # said once, not at each try
+    assert done.stderr.count("the database failed, trying again") == 1  # not at each try
 
 
 def test_processes_of_a_step_end_with_its_time_limit(ask, run_handler, conn, tmp_path):
@@ -134,7 +139,8 @@ def test_processes_of_a_step_end_with_its_time_limit(ask, run_handler, conn, tmp
     conn.execute("UPDATE job_types SET step_timeout = '0.5 s' WHERE name = 'Starts'")
     run_handler("--once", *SAMPLES, expect=1)
     pid = int((tmp_path / "pid").read_text())
-    wait_for(lambda: not Path(f"/proc/{pid}").exists(), timeout=5, what="the step's processes to end")
+    wait_for(lambda: not Path(f"/proc/{pid}").exists(), timeout=5,
+             what="the step's processes to end")
 
 
 # What a step changes in its session.
@@ -144,14 +150,16 @@ SHOW = "SELECT current_setting('search_path'), current_setting('statement_timeou
 
 @pytest.mark.parametrize("change", [
     "SET search_path TO pg_catalog", "SET statement_timeout = '3 s'", "SET ROLE pg_monitor",
-    "SET SESSION AUTHORIZATION pg_monitor", "autocommit off", "rows as dicts", "SET lock_timeout = 1",
-    "SET default_transaction_read_only = on", "SET IntervalStyle = iso_8601", "SET TimeZone = 'Asia/Tokyo'"])
+    "SET SESSION AUTHORIZATION pg_monitor", "autocommit off", "rows as dicts",
+    "SET lock_timeout = 1", "SET default_transaction_read_only = on",
+    "SET IntervalStyle = iso_8601", "SET TimeZone = 'Asia/Tokyo'"])
 def test_what_a_step_changes_is_gone_before_the_next(ask, run_once, conn, change):
     ask("Meddling", steps=[SHOW])
     ask("Meddling", steps=[change, SHOW])
     ask("Meddling", steps=[SHOW])
     assert run_once() == handler.OK
-    shown = conn.execute("SELECT result->>'row' AS row FROM job_steps WHERE result IS NOT NULL").fetchall()
+    shown = conn.execute(
+        "SELECT result->>'row' AS row FROM job_steps WHERE result IS NOT NULL").fetchall()
     assert len({one["row"] for one in shown}) == 1
     assert len(shown) == 3
 
@@ -163,12 +171,15 @@ def test_temporary_tables_and_locks_are_gone_before_the_next_job(ask, run_once, 
     ask("Meddling", steps=["SELECT to_regclass('mine')", held])
     assert run_once() == handler.OK
     rows = [one["row"] for one in conn.execute(
-        "SELECT result->>'row' AS row FROM job_steps WHERE result IS NOT NULL ORDER BY id").fetchall()]
-    assert rows[-4:] == ["(0,)", "(3,)", "(None,)", "(1,)"]  # of one job, the other: its own lock is left
+        "SELECT result->>'row' AS row FROM job_steps "
+        "WHERE result IS NOT NULL ORDER BY id").fetchall()]
+    # of one job, the other: its own lock is left
+    assert rows[-4:] == ["(0,)", "(3,)", "(None,)", "(1,)"]
 
 
 def test_the_session_says_what_runs_after_a_step_used_it(ask, run_once, conn):
     job_id = ask("Meddling", steps=["SELECT 1", "SELECT current_setting('application_name')"])
     assert run_once() == handler.OK
-    assert conn.execute("SELECT result->>'row' AS row FROM job_steps ORDER BY id DESC LIMIT 1").fetchone()[
+    assert conn.execute(
+        "SELECT result->>'row' AS row FROM job_steps ORDER BY id DESC LIMIT 1").fetchone()[
         "row"] == f"('job {job_id} Meddling',)"

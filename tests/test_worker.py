@@ -22,7 +22,8 @@ def mine(dsn, conn):
 
 @pytest.fixture
 def workers(conn):
-    return lambda: [row["id"] for row in conn.execute("SELECT id FROM job_workers ORDER BY started")]
+    return lambda: [row["id"] for row in
+                    conn.execute("SELECT id FROM job_workers ORDER BY started")]
 
 
 def end_session(conn, mine):
@@ -33,8 +34,9 @@ def test_ids_are_random_and_the_lock_is_on_all_64_bits(mine, conn, dsn):
     other = Worker(dsn)
     assert mine.id != other.id
     assert max(mine.id, other.id) > 2**32
-    held = conn.execute("SELECT pg_try_advisory_lock(%s) AS mine, pg_try_advisory_lock(%s) AS near",
-                        [mine.id, mine.id ^ 2**40]).fetchone()
+    held = conn.execute(
+        "SELECT pg_try_advisory_lock(%s) AS mine, pg_try_advisory_lock(%s) AS near",
+        [mine.id, mine.id ^ 2**40]).fetchone()
     assert held == {"mine": False, "near": True}
     other.close()
 
@@ -99,7 +101,8 @@ def test_a_job_in_another_hand_is_not_taken_up(mine, conn):
 
 def test_by_hand_too_no_more_of_a_type_run_than_may(mine, conn):
     conn.execute("UPDATE job_types SET max_running = 1")
-    first, second = (control.create_job(mine.connection, "Scripted", {"steps": ["ok"]}) for _ in "12")
+    first, second = (
+        control.create_job(mine.connection, "Scripted", {"steps": ["ok"]}) for _ in "12")
     job = sample_jobs.Scripted(first)
     with pytest.raises(ValueError, match="as many of its type run as may"):
         sample_jobs.Scripted(second)

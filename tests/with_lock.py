@@ -1,4 +1,4 @@
-"""Run a command while holding a lock on a file: with_lock.py FILE COMMAND ARG...; exit with its status."""
+"""Run a command with a lock on a file: with_lock.py FILE COMMAND ARG...; exit with its status."""
 
 import fcntl
 import subprocess
