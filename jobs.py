@@ -37,7 +37,8 @@ from perfdb import TIME as TIME
 from perfdb import clean, is_passing, query
 from perfdb import connect as connect
 from perfdb import parse_time as parse_time
-from worker import MANY_STEPS, Worker, current_worker
+from session import MANY_STEPS
+from worker import Worker, current_worker
 from worker import use_worker as use_worker
 
 log = logging.getLogger(__name__)

@@ -12,24 +12,20 @@ import logging
 import os
 import secrets
 import socket
-import time
-from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Any
 
 import psycopg
-from psycopg.rows import tuple_row
 
 import claims
 import life
-from perfdb import connect, query, refuse_unfit, settlement
+from perfdb import connect, query, refuse_unfit
+from session import Session
 
 log = logging.getLogger(__name__)
 
 LOCK_WAIT = "5s"      # for our own lock, which a former session of ours may still hold
 HANG_WAIT = "1min"    # for the next statement of a worker that puts somebody's job back
-PLANS_SECONDS = 1.0   # how long plans are kept
-MANY_STEPS = 1000     # of a job: it is not run by plans made for a small table
 MAX_DEATHS = 3        # a step, or taking a job up, is given up when so many workers died in it
 
 
@@ -101,116 +97,26 @@ WITH gone AS (DELETE FROM job_workers WHERE id = %(worker_id)s RETURNING id)
 SELECT set_config('synchronous_commit', 'off', true) FROM gone
 """
 
-# What a job has changed in the session, undone: before our own next statement, what those rest on;
-# before the next job the rest as well. RESET ALL returns to what `connect` has asked for.
-RESTORE = ("RESET SESSION AUTHORIZATION", "RESET ALL")
-RESTORE_ALL = ("CLOSE ALL", "DISCARD TEMP", """
-SELECT CASE l.objsubid WHEN 1 THEN pg_advisory_unlock(l.classid::bigint << 32 | l.objid::bigint)
-                       ELSE pg_advisory_unlock(l.classid::int, l.objid::int) END
-  FROM pg_locks l
- WHERE l.pid = pg_backend_pid()
-   AND l.locktype = 'advisory'
-   AND NOT (l.objsubid = 1 AND l.classid::bigint << 32 | l.objid::bigint = %(worker_id)s)
-""")
-NAME_SQL = "SELECT set_config('application_name', %(name)s, false)"
-
-
-class Worker:
+class Worker(Session):
     """A session that can own jobs: one connection, one row in job_workers, one lock."""
 
     def __init__(self, dsn: str | None = None, directions: Alone | None = None) -> None:
+        super().__init__(connect(dsn))
+        refuse_unfit(self.connection, dsn)
         self.dsn = dsn
         self.directions = directions or Alone()
-        self._planned = time.monotonic()
-        self.connection = connect(dsn)
-        refuse_unfit(self.connection, dsn)
         self._take_id()
 
     def _take_id(self) -> None:
         self.id = secrets.randbits(62) + 1
         self.idle_name = self.name = f"performance server worker {self.id}"
         self._former: list[int] = []  # server processes of our sessions under this id
-        self._open()
-        self._settled = self.execute(REGISTER_SQL, self._me()).fetchone()[0]
-
-    def _open(self) -> None:
         self._former.append(self.connection.info.backend_pid)
-        # A new cursor costs a tenth of a round trip, so all our statements share these two.
-        self._cursor, self._second = (self.connection.cursor(row_factory=tuple_row) for _ in "12")
-        self._lent = self._lent_to_job = False
+        self.settled = self.execute(REGISTER_SQL, self._me()).fetchone()[0]
 
     def _me(self) -> dict[str, Any]:
         return {"worker_id": self.id, "idle_name": self.idle_name, "host": socket.gethostname(),
                 "pid": os.getpid(), "former": self._former, "wait": LOCK_WAIT}
-
-    # Statements.
-
-    def execute(self, sql: str, params: Mapping[str, Any],
-                over: bool = False) -> psycopg.Cursor[tuple[Any, ...]]:
-        """Run one statement; return the cursor all have in common, so read it at once.
-
-        `over`: it stands between two jobs.
-        """
-        if not (self._lent or (over and (self._lent_to_job or self._plans_are_old()))):
-            return self._cursor.execute(sql, params)
-        self._restore_client()
-        with self.connection.pipeline() as pipeline:
-            self._restore(over)
-            pipeline.sync()  # what is read only by default is so to the end of the transaction
-            self._cursor.execute(sql, params)
-        return self._cursor
-
-    def execute_both(self, first: str, first_params: Mapping[str, Any],
-                     second: str, second_params: Mapping[str, Any]) -> tuple[Any, Any]:
-        """Run two statements between two jobs, in one round trip and commit; return their rows."""
-        self._restore_client()
-        with self.connection.pipeline() as pipeline:
-            if self._lent_to_job or self._plans_are_old():
-                self._restore(over=True)
-                pipeline.sync()
-            self._cursor.execute(first, first_params)
-            self._second.execute(second, second_params)
-        return self._cursor.fetchone(), self._second.fetchone()
-
-    def lend(self) -> psycopg.Connection:
-        """Return the connection for a job to use; what it changes there is undone afterwards."""
-        self._lent = self._lent_to_job = True
-        return self.connection
-
-    def _restore_client(self) -> None:
-        """Undo what psycopg itself may have been told."""
-        self.connection.row_factory = tuple_row
-        if not self.connection.autocommit:
-            self.connection.autocommit = True
-
-    def _restore(self, over: bool) -> None:
-        """Undo what a job has changed in the session; `over`: all of it, and old plans go, too."""
-        if self._lent:
-            self._lent = False
-            for sql in RESTORE:
-                self._second.execute(sql)
-            if not self._settled:
-                self._second.execute(*settlement())
-            self._second.execute(NAME_SQL, {"name": self.name})
-        if over and self._lent_to_job:
-            self._lent_to_job = False
-            for sql in RESTORE_ALL[:2]:
-                self._second.execute(sql)
-            self._second.execute(RESTORE_ALL[2], {"worker_id": self.id})
-        if over and self._plans_are_old():
-            self.forget_plans()
-
-    def forget_plans(self) -> None:
-        """Plan all statements anew: before a job of many steps, and between jobs once a second.
-
-        PostgreSQL keeps the plans of a session's statements. Made while a table was small they
-        read it from end to end, and go on doing so for a minute or more after it has grown.
-        """
-        self._second.execute("DISCARD PLANS")
-        self._planned = time.monotonic()
-
-    def _plans_are_old(self) -> bool:
-        return time.monotonic() - self._planned > PLANS_SECONDS
 
     # Losing the connection, and leaving.
 
@@ -221,11 +127,11 @@ class Worker:
         cannot be put back yet.
         """
         self.connection.close()
-        self.connection = connect(self.dsn, self.idle_name)
-        self._open()
+        self.open(connect(self.dsn, self.idle_name))
+        self._former.append(self.connection.info.backend_pid)
         self.execute(END_FORMER_SESSIONS_SQL, self._me())
         try:
-            self._settled = self.execute(LOCK_SQL, self._me()).fetchone()[0]
+            self.settled = self.execute(LOCK_SQL, self._me()).fetchone()[0]
         except psycopg.errors.LockNotAvailable:  # by whom ever: our jobs are orphans when it goes
             self._take_id()
             return

@@ -30,6 +30,7 @@ import handler
 import jobs
 import life
 import perfdb
+import session
 import worker
 
 if TYPE_CHECKING:
@@ -276,7 +277,7 @@ class Stage:
         self._patches = contextlib.ExitStack()
         for target, name, value in (
                 (psycopg, "connect", self._connect), (worker, "secrets", self),
-                (worker, "PLANS_SECONDS", float("inf")), (worker, "LOCK_WAIT", "1h"),
+                (session, "PLANS_SECONDS", float("inf")), (worker, "LOCK_WAIT", "1h"),
                 (handler, "LOOK_SECONDS", 0.0), (handler, "LOOKS_PER_SECOND", float("inf")),
                 (signal, "set_wakeup_fd", lambda *_, **__: -1)):
             self._patches.enter_context(patch.object(target, name, value))

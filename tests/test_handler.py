@@ -12,7 +12,8 @@ import control
 import handler
 import jobs
 import life
-from worker import MANY_STEPS, PLANS_SECONDS, Worker, use_worker
+from session import MANY_STEPS, PLANS_SECONDS
+from worker import Worker, use_worker
 
 SAMPLES = ("--module", "sample_jobs")
 
