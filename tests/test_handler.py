@@ -269,7 +269,7 @@ def test_no_more_jobs_of_a_type_run_than_may(start_handler, ask, states, conn, l
     conn.execute("CREATE TRIGGER note AFTER UPDATE OF worker_id ON job_instances FOR EACH ROW "
                  "WHEN (NEW.worker_id IS NOT NULL) EXECUTE FUNCTION note()")
     for _ in range(30):
-        ask(["ok"])
+        ask(["sleep"], sleep=0.1)  # long enough for the other workers to come
     runs = [start_handler("--once", *SAMPLES, "--workers", "4") for _ in range(2)]
     assert [run.wait(timeout=30) for run in runs] == [0, 0]
     start_handler("--once", *SAMPLES).wait(timeout=30)  # what full runs have left
