@@ -1,8 +1,8 @@
 """The changes of state of a job and of its steps: one statement and one function per arrow.
 
 The arrows and their order are those in the head of schema.sql. Three rules hold everywhere:
-- one state change is one statement; a step's end and the next one's begin are the same statement,
-  the job's end and the claim of the next job go out together, because commits decide the speed;
+- one state change is one statement; a step's end and the next one's begin, or the job's end and
+  the claim of the next job, are the same statement, because commits decide the speed;
 - every write of a worker matches `worker_id`. A write that matches no row means that the job was
   taken over (`JobTakenOver`), and the worker leaves it alone from then on;
 - every statement of a worker that writes a job's state passes over a job somebody has cancelled:
@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from claims import CLAIM_SQL, Job, Wanted, read
+from claims import Job, Wanted, and_claim, read
 
 if TYPE_CHECKING:
     from worker import Worker
@@ -383,14 +383,12 @@ def _leave(worker: Worker, job_id: int, sql: str, values: Mapping[str, Any],
     """Carry out a change after which the worker no longer has the job."""
     worker.name = worker.idle_name
     values = _ids(worker, job_id) | values | step.values() | {"application_name": worker.idle_name}
-    if wanted is None:
-        row, claimed = worker.execute(sql, values, over=True).fetchone(), None
-    else:
-        row, claimed = worker.execute_both(sql, values, CLAIM_SQL,
-                                           wanted.values(worker, alone=False))
-    next_job = claimed and Job(*claimed[:-1])
-    if row:
-        return Outcome(row[0], next_job)
+    if wanted:
+        sql, values = and_claim(sql), values | wanted.values(worker)
+    state, *claimed = worker.execute(sql, values, over=True).fetchone() or [None]
+    next_job = Job(*claimed) if wanted and claimed[0] else None
+    if state:
+        return Outcome(state, next_job)
     try:
         step = step if step.state else INTERRUPTED
         return Outcome(end_cancelled(worker, job_id, worker.id, step).state, next_job)

@@ -65,18 +65,6 @@ class Session:
             self._cursor.execute(sql, params)
         return self._cursor
 
-    def execute_both(self, first: str, first_params: Mapping[str, Any],
-                     second: str, second_params: Mapping[str, Any]) -> tuple[Any, Any]:
-        """Run two statements between two jobs, in one round trip and commit; return their rows."""
-        self._restore_client()
-        with self.connection.pipeline() as pipeline:
-            if self._lent_to_job or self._plans_are_old():
-                self._restore(over=True)
-                pipeline.sync()
-            self._cursor.execute(first, first_params)
-            self._second.execute(second, second_params)
-        return self._cursor.fetchone(), self._second.fetchone()
-
     def lend(self) -> psycopg.Connection:
         """Return the connection for a job to use; what it changes there is undone afterwards."""
         self._lent = self._lent_to_job = True

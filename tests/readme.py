@@ -59,7 +59,7 @@ def fresh(block: str, directory: Path) -> str:
 def run(command: str, directory: Path) -> str:
     python = command.replace("python ", f"{shlex.quote(sys.executable)} ", 1)
     done = subprocess.run(["sh", "-c", python], cwd=directory, capture_output=True, text=True,
-                          check=False, env=os.environ | {"COLUMNS": "100"})
+                          check=False, env=os.environ | {"COLUMNS": "130"})
     return done.stdout + done.stderr
 
 
