@@ -117,7 +117,7 @@ def of_life() -> Iterator[Mutant]:
              scene("cancelled"), "worker_id IS NULL")
     yield of("CANCEL_IN_HAND_SQL", "life.py",
              r"CASE WHEN cancel_requested IS NULL THEN %\(comment\)s ELSE comment END",
-             "%(comment)s", "test_jobs.py test_jobctl.py test_handler.py -k cancel",
+             "%(comment)s", play("test_the_first_reason_of_a_cancel_stays"),
              "keeping the first reason")
     yield Mutant("CANCELLED_SQL leaves the step Running", "life.py",
                  r"\), \{ENDED_CTE\}\nSELECT state, set_config\('application_name', "
@@ -138,16 +138,18 @@ def of_recovery() -> Iterator[Mutant]:
              play("test_recovery_looks_at_the_step_it_has_got"), "FOR UPDATE")
     yield of("LOCK_ORPHAN_SQL", "worker.py", r"pg_try_advisory_xact_lock\(j\.worker_id\)", "true",
              scene("cut off"), "the dead worker's lock")
-    yield of("LOCK_ORPHAN_SQL", "worker.py", r" SKIP LOCKED", "", ORDERS, "SKIP LOCKED")
+    yield of("LOCK_ORPHAN_SQL", "worker.py", r" SKIP LOCKED", "",
+             play("test_recovery_passes_over_a_job_that_somebody_is_at"), "SKIP LOCKED")
     yield of("LOCK_ORPHAN_SQL", "worker.py", r"\n   FOR UPDATE OF j SKIP LOCKED", "", ORDERS,
              "FOR UPDATE")
     yield of("LOCK_ORPHAN_SQL", "worker.py",
-             r"\n   AND j\.worker_id IS NOT DISTINCT FROM %\(owner\)s", "", ORDERS, "the owner")
+             r"\n   AND j\.worker_id IS NOT DISTINCT FROM %\(owner\)s", "",
+             play("test_recovery_leaves_a_job_that_is_another_s_by_now"), "the owner")
     yield of("LOCK_ORPHAN_SQL", "worker.py",
              r"\n   AND \(j\.worker_id IS NOT NULL OR j\.state = 'Running'\)", "", ORDERS,
              "another look whether it is an orphan")
     yield of("LOCK_ORPHAN_SQL", "worker.py", r"w\.started < pg_postmaster_start_time\(\)", "false",
-             "test_recovery.py -k restart", "by_restart")
+             play("test_a_restart_of_the_server_is_not_the_fault_of_the_step"), "by_restart")
     yield Mutant("recovery does not look at a cancel", "worker.py",
                  r"            if cancelled:\n                return life[^\n]*\n", "",
                  play("test_a_job_taken_away_and_cancelled_takes_its_step_along"))
@@ -235,7 +237,7 @@ def run(mutant: Mutant, copy: Path, dsn: str) -> tuple[str, float]:
     original = path.read_text()
     try:
         path.write_text(mutant.apply(original))
-        env = os.environ | {"PERFDB_TEST_DSN": dsn if "restart" not in mutant.test else ""}
+        env = os.environ | {"PERFDB_TEST_DSN": dsn if "test_recovery.py" not in mutant.test else ""}
         tests, _, words = mutant.test.partition(" -k ")
         status = subprocess.run(
             [sys.executable, "-m", "pytest", "-xq",

@@ -374,7 +374,7 @@ SMALL = (
     Scene("two workers, two steps"),
     Scene("stopped", **STOPPED),
     Scene("dead", faults=("die",), faults_left=1),
-    Scene("cut off", ONE, "A", faults=("cut",), faults_left=1, acts=("recover 0",)),
+    Scene("cut off", PLAIN[:1], "A", faults=("cut",), faults_left=1, acts=("recover 0",)),
     Scene("cut off before the answer", workers="A", faults=("lose",), faults_left=1),
     Scene("cut off, unnoticed", workers="A", faults=("ghost",), faults_left=1),
     Scene("cancelled", FAILING, "A", acts=("cancel 1",), limits=TWICE),
