@@ -110,9 +110,6 @@ def of_life() -> Iterator[Mutant]:
     yield of("NEXT_SQL", "life.py", r"\(j\.cancel_requested IS NULL OR new\.id = %\(step_id\)s\)",
              "true", play("test_a_cancelled_job_begins_no_further_step"),
              "a look at cancel_requested")
-    yield of("NEXT_SQL", "life.py", r"\n   AND s\.state = new\.was", "", ORDERS, "new.was")
-    yield of("NEXT_SQL", "life.py", r"\n   AND j\.state = 'Running'", "", ORDERS,
-             "the job's state")
     yield of("CANCEL_WAITING_SQL", "life.py", r"\n   AND j\.worker_id IS NULL", "",
              scene("cancelled"), "worker_id IS NULL")
     yield of("CANCEL_IN_HAND_SQL", "life.py",
@@ -155,8 +152,6 @@ def of_recovery() -> Iterator[Mutant]:
                  play("test_a_job_taken_away_and_cancelled_takes_its_step_along"))
     yield Mutant("MAX_DEATHS is 4", "worker.py", r"MAX_DEATHS = 3", "MAX_DEATHS = 4",
                  "test_recovery.py -k given_up_after_three")
-    yield Mutant("HELD_CTE without granted", "worker.py", r"\n       AND l\.granted", "",
-                 "test_interleavings.py test_recovery.py")
     yield of("END_OVERRUN_SQL", "worker.py", r" AND held\.pid = w\.backend_pid", "",
              play("test_who_recovers_a_job_is_not_ended_for_it"), "backend_pid")
     yield Mutant("END_OVERRUN_SQL without the minute of a step", "worker.py",
@@ -165,16 +160,12 @@ def of_recovery() -> Iterator[Mutant]:
     yield Mutant("END_OVERRUN_SQL without the minute of a take-up", "worker.py",
                  r"(last_state_change \+ step_timeout) \+ interval '1 minute'", r"\1",
                  play("test_who_hangs_is_ended_a_minute_past_the_limit"))
-    yield of("CLEAN_WORKERS_SQL", "worker.py", r"pg_try_advisory_xact_lock\(id\)", "true", ORDERS,
-             "the lock")
 
 
 def of_reconnecting() -> Iterator[Mutant]:
     yield Mutant("the lock is not taken at reconnect", "worker.py",
                  r"(\nLOCK_SQL = [^;]*?), pg_advisory_lock\(%\(worker_id\)s[:a-z]*\)", r"\1",
                  scene("cut off"))
-    yield of("END_FORMER_SESSIONS_SQL", "worker.py", r"\n   AND pid <> pg_backend_pid\(\)", "",
-             "test_interleavings.py test_recovery.py", "its own exclusion")
     yield of("END_FORMER_SESSIONS_SQL", "worker.py", r"\n   AND pid = ANY\(%\(former\)s\)", "",
              play("test_who_recovers_a_job_is_not_ended_by_its_worker"), "former")
     yield Mutant("former sessions are not ended", "worker.py",
@@ -187,9 +178,6 @@ def of_reconnecting() -> Iterator[Mutant]:
     yield Mutant("what was in hand is not put back at reconnect", "worker.py",
                  r"            return\n        put_back\(self\)", r"            return",
                  scene("cut off"))
-    yield Mutant("the id is kept though its row is gone", "worker.py",
-                 r"if not (self\.execute\(REGISTER_AGAIN_SQL, self\._me\(\)\)\.fetchone\(\)):",
-                 r"if not \1 and False:", ORDERS)
 
 
 def of_claims() -> Iterator[Mutant]:
@@ -208,7 +196,8 @@ def of_claims() -> Iterator[Mutant]:
                  play("test_jobs_that_are_due_are_created_by_one"))
     yield Mutant("a key is held by a job that is being cancelled", "schema.sql",
                  r"(WHERE unique_key IS NOT NULL AND state IN \('Created', 'Queued', 'Running'\)) "
-                 r"AND cancel_requested IS NULL", r"\1", "test_jobs.py test_jobctl.py -k key")
+                 r"AND cancel_requested IS NULL", r"\1",
+                 play("test_a_key_is_free_when_its_job_is_being_cancelled"))
 
 
 def of_code() -> Iterator[Mutant]:
@@ -224,11 +213,6 @@ def of_code() -> Iterator[Mutant]:
     yield Mutant("no look whether to stop between two steps", "jobs.py",
                  r"if self\._worker\.directions\.stopping\(\):", "if False:",
                  play("test_a_cancel_wins_over_a_stop"))
-    yield Mutant("a job taken over is refused", "handler.py",
-                 r"        except jobs\.JobTakenOver as exc:\n"
-                 r"            log\.warning\(\"job=%d dropped: %s\", job\.id, exc\)\n"
-                 r"            return None\n        except", "        except",
-                 scene("taken away by hand"))
 
 
 def run(mutant: Mutant, copy: Path, dsn: str) -> tuple[str, float]:
