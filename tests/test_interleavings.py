@@ -190,7 +190,8 @@ def test_a_key_is_free_when_its_job_is_being_cancelled(begin):
     run.until("cancel 1")
     connection = run.stage.watch
     connection.execute("SELECT setval(pg_get_serial_sequence('job_instances', 'id'), 100)")
-    assert control.create_job(connection, "Transactional", {"steps": []}, unique_key="k") == 101
+    assert control.create_jobs(
+        connection, "Transactional", [{"steps": []}], unique_key="k") == [101]
 
 
 def test_a_cancelled_job_begins_no_further_step(begin):
