@@ -308,11 +308,11 @@ def note_ownership(before: Rows, doer: Doer) -> None:
 
 def forgotten(rows: Rows, actor: Actor) -> list[str]:
     """Return the jobs a worker has in hand, by the rows, that begins a turn without any."""
-    if actor.is_done or actor.standing != "LOOK_SQL" or len(actor.seen) != 1:
+    if actor.is_done or actor.is_dead or actor.standing != "LOOK_SQL":
         return []
-    _, setbacks, _, _, job, _ = actor.seen[0]
+    *_, job, _worker = actor.seen[0]
     return [f"{actor.name} has forgotten job {job_id}" for job_id, row in rows.jobs.items()
-            if row["owner"] in actor.ids and job == "None" and not setbacks]
+            if row["owner"] in actor.ids[-1:] and job == "None"]
 
 
 def only_comments(before: tuple[Any, ...], after: tuple[Any, ...]) -> bool:
@@ -374,7 +374,7 @@ SMALL = (
     Scene("two workers, two steps"),
     Scene("stopped", **STOPPED),
     Scene("dead", faults=("die",), faults_left=1),
-    Scene("cut off", ONE, "A", faults=("cut",), faults_left=1, acts=("recover 0",)),
+    Scene("cut off", PLAIN[:1], "A", faults=("cut",), faults_left=1, acts=("recover 0",)),
     Scene("cut off before the answer", workers="A", faults=("lose",), faults_left=1),
     Scene("cut off, unnoticed", workers="A", faults=("ghost",), faults_left=1),
     Scene("cancelled", FAILING, "A", acts=("cancel 1",), limits=TWICE),
