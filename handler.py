@@ -249,6 +249,7 @@ class JobHandler(worker.Alone):
             failed_steps = instance.run()
         except jobs.JobTakenOver as exc:
             log.warning("job=%d dropped: %s", job.id, exc)
+            worker.put_back(self.worker)  # if it is ours after all: a step was taken away by hand
             return None
         except (Exception, SystemExit, jobs.StepTimeout) as exc:
             self._refuse(job, exc)

@@ -229,7 +229,6 @@ UPDATE job_steps s
        ) AS new(id, was, state, finished, started, comment, result, begun)
  WHERE j.id = %(job_id)s
    AND j.worker_id = %(worker_id)s
-   AND j.state = 'Running'
    AND (j.cancel_requested IS NULL OR new.id = %(step_id)s)
    AND s.id = new.id
    AND s.state = new.was

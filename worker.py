@@ -66,14 +66,14 @@ held AS MATERIALIZED (
 )"""
 
 # Former sessions of ours that the server has not noticed to be gone still hold the lock. Only
-# those this process knows of: somebody who recovers our jobs holds it for a moment, too.
+# those this process knows of: somebody who recovers our jobs holds it for a moment, too. This
+# session does not hold it yet.
 END_FORMER_SESSIONS_SQL = f"""
 WITH {HELD_CTE}
 SELECT pg_terminate_backend(pid)
   FROM held
  WHERE id = %(worker_id)s
    AND pid = ANY(%(former)s)
-   AND pid <> pg_backend_pid()
 """  # noqa: S608
 
 LOCK_SQL = """

@@ -178,6 +178,9 @@ def of_reconnecting() -> Iterator[Mutant]:
     yield Mutant("what was in hand is not put back at reconnect", "worker.py",
                  r"            return\n        put_back\(self\)", r"            return",
                  scene("cut off"))
+    yield Mutant("the id is kept though its row is gone", "worker.py",
+                 r"if not (self\.execute\(REGISTER_AGAIN_SQL, self\._me\(\)\)\.fetchone\(\)):",
+                 r"if \1 == 0:", "test_worker.py -k forgotten")
 
 
 def of_claims() -> Iterator[Mutant]:
@@ -206,6 +209,12 @@ def of_code() -> Iterator[Mutant]:
     yield Mutant("no look whether to stop between two steps", "jobs.py",
                  r"if self\._worker\.directions\.stopping\(\):", "if False:",
                  play("test_a_cancel_wins_over_a_stop"))
+    yield Mutant("the database's own error fails the step", "jobs.py",
+                 r"(our own statement[^\n]*\n)            if says_nothing[^\n]*\n +raise\n",
+                 r"\1", "test_setbacks.py -k tried_again")
+    yield Mutant("a dropped job that is ours after all is left in hand", "handler.py",
+                 r"\n            worker\.put_back\(self\.worker\)  # if[^\n]*", "",
+                 "test_setbacks.py -k taken_away")
 
 
 def run(mutant: Mutant, copy: Path, dsn: str) -> tuple[str, float]:

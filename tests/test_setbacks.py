@@ -102,6 +102,17 @@ def test_a_job_whose_end_the_site_refuses_does_not_keep_the_others(ask, refuse, 
     assert jobs_are()[0][0] in ("Queued", "Running")  # in nobody's hand, or an orphan
 
 
+def test_a_job_whose_next_step_is_taken_away_goes_on_with_the_others(ask, run_once, conn):
+    control.write_types(conn, ["Meddling"])
+    job_id = control.create_job(conn, "Meddling", {
+        "steps": ["DELETE FROM job_steps WHERE position = 2", "SELECT 2", "SELECT 3"]})
+    assert run_once() == handler.OK
+    assert conn.execute("SELECT state FROM job_instances WHERE id = %s",
+                        [job_id]).fetchone() == {"state": "Finished"}
+    assert [row["position"] for row in conn.execute(
+        "SELECT position FROM job_steps WHERE state = 'Finished' ORDER BY position")] == [1, 3]
+
+
 def test_housekeeping_fails_alone(ask, refuse, conn, dsn, run_handler, jobs_are):
     """A schedule whose INSERT is refused, an orphan not to be put back, types not written."""
     orphan = ask()
