@@ -33,8 +33,8 @@ $(BENCH): $(STAMP) bench/requirements.txt
 	@touch $@
 
 .PHONY: test
-test: $(STAMP) ## Run the tests on an embedded PostgreSQL (K=word to pick some)
-	@$(PYTHON) -m pytest -q $(if $(K),-k "$(K)")
+test: $(STAMP) ## Run the tests on embedded PostgreSQLs, two runs at once (K=word to pick some)
+	@$(PYTHON) tests/run.py $(if $(K),-k "$(K)")
 
 .PHONY: test-browser
 test-browser: $(STAMP) ## Look at the pages with Chromium, if there is one
