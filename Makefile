@@ -33,7 +33,7 @@ $(BENCH): $(STAMP) bench/requirements.txt
 	@touch $@
 
 .PHONY: test
-test: $(STAMP) ## Run the tests on embedded PostgreSQLs, two runs at once (K=word to pick some)
+test: $(STAMP) ## Run the tests on embedded PostgreSQLs, three runs at once (K=word to pick some)
 	@$(PYTHON) tests/run.py $(if $(K),-k "$(K)")
 
 .PHONY: test-browser
