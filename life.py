@@ -379,7 +379,10 @@ def end_cancelled(worker: Worker, job_id: int, owner: int | None,
 
 def _leave(worker: Worker, job_id: int, sql: str, values: Mapping[str, Any],
            step: StepEnd = NO_STEP, wanted: Wanted | None = None) -> Outcome:
-    """Carry out a change after which the worker no longer has the job."""
+    """Carry out a change after which the worker no longer has the job.
+
+    Raise `JobTakenOver` if it had not; a job claimed with it is then to be put back.
+    """
     worker.name = worker.idle_name
     values = _ids(worker, job_id) | values | step.values() | {"application_name": worker.idle_name}
     if wanted:
@@ -388,13 +391,8 @@ def _leave(worker: Worker, job_id: int, sql: str, values: Mapping[str, Any],
     next_job = Job(*claimed) if wanted and claimed[0] else None
     if state:
         return Outcome(state, next_job)
-    try:
-        step = step if step.state else INTERRUPTED
-        return Outcome(end_cancelled(worker, job_id, worker.id, step).state, next_job)
-    except JobTakenOver:
-        if next_job and not worker.connection.info.transaction_status:
-            release(worker, next_job)  # else the claim is rolled back
-        raise
+    step = step if step.state else INTERRUPTED
+    return Outcome(end_cancelled(worker, job_id, worker.id, step).state, next_job)
 
 
 def _ids(worker: Worker, job_id: int) -> dict[str, Any]:

@@ -123,9 +123,6 @@ def of_life() -> Iterator[Mutant]:
                  ")\nSELECT state, set_config('application_name', %(application_name)s, false) "
                  "FROM job\n\"\"\"  # noqa: S608\n\n\nINTERRUPTED",
                  play("test_a_job_taken_away_and_cancelled_takes_its_step_along"))
-    yield Mutant("a job claimed with a lost end is forgotten", "life.py",
-                 r"release\(worker, next_job\)  # else", "pass  # else",
-                 scene("taken away with another to come"))
 
 
 def of_recovery() -> Iterator[Mutant]:
