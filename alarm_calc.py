@@ -20,12 +20,13 @@ from __future__ import annotations
 import functools
 import graphlib
 import json
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
-from alarm_layers import DETECT_SQL, RESULT_SQL, SETTLE_SQL
+from alarm_layers import CALCULATE, COVERAGE, SETTLE
 from jobs import (
     TIME,
     JobInstance,
@@ -68,56 +69,40 @@ SELECT a.object_model_id, a.manufacturer_id, a.id, a.non_overlapping_alarms, f.i
 """
 
 # A statement of its own, before all others: they must see what another job that was at the same
-# object has committed, so their snapshots have to be taken after the wait.
+# object has committed, so their snapshots have to be taken after the wait. Their plans are made
+# once and kept. Made on empty tables they would read them whole in every step from then on,
+# however they grow; so they may be made of index scans only, whatever the values. What a step sets
+# ends before the statement that records its end.
 TAKE_TURNS_SQL = """
-SELECT pg_advisory_xact_lock('alarms_history'::regclass::oid::int, %(object_id)s::int)
+SELECT pg_advisory_xact_lock('alarms_history'::regclass::oid::int, %(object_id)s::int),
+       set_config('enable_seqscan', 'off', true),
+       set_config('plan_cache_mode', 'force_generic_plan', true)
 """
 
-# The plans of the statements after this one are made once and kept; made on empty tables they
-# would read them whole in every step from then on, however they grow. So they may be made of index
-# scans only. RESULT_SQL ends that, for the statements that are not ours.
 RULE_SQL = """
-SELECT a.trigger::text, a.manufacturer_id, a.object_model_id, m.name,
-       o.object_model_id = a.object_model_id, f.id,
-       ARRAY(SELECT name FROM features WHERE object_model_id = m.id ORDER BY name),
-       f.sample_interval::text,
-       CASE WHEN extract(year FROM f.sample_interval) = 0::numeric
-             AND extract(month FROM f.sample_interval) = 0::numeric
-             AND extract(day FROM f.sample_interval) = 0::numeric
-            THEN f.sample_interval::text END,
+SELECT a.trigger::text, a.manufacturer_id, a.object_model_id,
+       o.object_model_id = a.object_model_id, f.id, f.sample_interval::text,
        ARRAY(SELECT i.id
                FROM alarms i
               WHERE i.object_model_id = a.object_model_id
-                AND i.manufacturer_id = ANY(a.non_overlapping_alarms)),
-       set_config('enable_seqscan', 'off', true)
+                AND i.manufacturer_id = ANY(a.non_overlapping_alarms))
   FROM alarms a
-  JOIN object_models m ON m.id = a.object_model_id
   JOIN objects o       ON o.id = %(object_id)s
   LEFT JOIN features f ON f.object_model_id = a.object_model_id
                       AND f.name = a.trigger->>'feature_name'::text
  WHERE a.id = %(alarm_id)s
 """
 
-# All alarms of the model, if one that gives way to this one has periods that are not all over when
-# the change begins; no rows otherwise, so a night costs nothing where those come later in the job.
+MODEL_SQL = """
+SELECT name, ARRAY(SELECT name FROM features WHERE object_model_id = m.id ORDER BY name)
+  FROM object_models m
+ WHERE id = %(model_id)s
+"""
+
 OTHERS_SQL = """
 SELECT manufacturer_id, id, non_overlapping_alarms, trigger::text
   FROM alarms
  WHERE object_model_id = %(model_id)s
-   AND EXISTS (
-         SELECT FROM alarms d
-          WHERE d.object_model_id = %(model_id)s
-            AND %(number)s = ANY(d.non_overlapping_alarms)
-            AND %(low)s < GREATEST((SELECT end_time
-                                      FROM alarms_detected
-                                     WHERE object_id = %(object_id)s AND alarm_id = d.id
-                                     ORDER BY start_time DESC
-                                     LIMIT 1),
-                                   (SELECT end_time
-                                      FROM alarms_history
-                                     WHERE object_id = %(object_id)s AND alarm_id = d.id
-                                     ORDER BY start_time DESC
-                                     LIMIT 1)))
 """
 
 
@@ -128,13 +113,29 @@ class Rule:
     trigger: str
     number: int
     model_id: int
-    model: str
     is_its_models: bool  # the object is of the model the alarm belongs to
     feature_id: int | None
-    features: list[str]  # names of all features of the model
     interval: str
-    grid: str | None  # the interval, unless it has days or months, which differ in length
-    important: list[int]
+    important_ids: list[int]
+
+    @property
+    def grid(self) -> str | None:
+        """The interval, unless it has days or months ('1 mon 2 days'), which differ in length."""
+        return None if re.search("[a-z]", self.interval) else self.interval
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a calculation has found and done, a row of CALCULATE_SQL."""
+
+    samples: int
+    coverage: float | None     # None: not known yet, the samples are not on the window's grid
+    periods: int
+    seconds: float
+    stood: bool                # something was known to have stood in the window before
+    low: datetime | None       # from when to when the history changed
+    high: datetime | None
+    others: bool | None        # whether there may be something to settle beside this alarm
 
 
 class JobAlarmCalc(JobInstance):
@@ -210,19 +211,18 @@ class JobAlarmCalc(JobInstance):
     # One step.
 
     def _run_step(self, step_id: int) -> dict[str, Any]:
-        window = {"start": parse_time(self.parameters["start"]),
-                  "end": parse_time(self.parameters["end"])}
         self._execute(TAKE_TURNS_SQL)
         rule = self._rule()
-        samples, coverage = self._detect(rule, window)
-        self._settle_all(rule, window)
-        periods, seconds, _ = self._execute(RESULT_SQL, **window)
-        return {"periods": periods, "seconds": seconds, "samples": samples, "coverage": coverage}
+        found = self._calculate(rule)
+        if found.others:
+            self._settle_others(rule, (found.low, found.high))
+        return {"periods": found.periods, "seconds": found.seconds,
+                "samples": found.samples, "coverage": found.coverage}
 
     def _execute(self, sql: str, **params: Any) -> tuple[Any, ...] | None:
         """Run a statement for the step's object and alarm; return its first row."""
         step = {"object_id": self.step["object_id"], "alarm_id": self.step["alarm_id"]}
-        return self.connection.execute(sql, step | params).fetchone()
+        return self.connection.execute(sql, step | params, prepare=True).fetchone()
 
     def _rule(self) -> Rule:
         """Return what is to be calculated; raise `JobStepError` if it cannot be."""
@@ -230,76 +230,78 @@ class JobAlarmCalc(JobInstance):
         if row is None:
             raise JobStepError("The object, or the alarm in the table alarms, was deleted after "
                                "the job was created; insert a new job")
-        rule = Rule(*row[:-1])
+        rule = Rule(*row)
+        if self.step["alarm_id"] in rule.important_ids:
+            self._model(rule)  # says that it is a circle
+        if rule.is_its_models and rule.feature_id and not read_trigger(rule.trigger)[1]:
+            return rule
+        model, features = self._execute(MODEL_SQL, model_id=rule.model_id)
         if not rule.is_its_models:
-            raise JobStepError(f"The object is no longer of the model {rule.model!r}, whose alarm "
+            raise JobStepError(f"The object is no longer of the model {model!r}, whose alarm "
                                "this is; insert a new job")
         trigger, problems = read_trigger(rule.trigger)
-        if problems or rule.feature_id is None:
-            raise JobStepError("\n  ".join([
-                f"Malformed trigger of alarm {rule.number} of model {rule.model!r}; "
-                "nothing was changed:", *problems, *feature_problems(trigger, rule.features),
-                "mend alarms.trigger, then jobctl retry"]))
-        return rule
+        raise JobStepError("\n  ".join([
+            f"Malformed trigger of alarm {rule.number} of model {model!r}; "
+            "nothing was changed:", *problems, *feature_problems(trigger, features),
+            "mend alarms.trigger, then jobctl retry"]))
 
-    def _detect(self, rule: Rule, window: dict[str, Any]) -> tuple[int, float]:
-        """Detect in the window; return how many samples count there and the share they cover.
+    def _calculate(self, rule: Rule) -> Found:
+        """Detect in the window and settle the alarm's history.
 
-        Raise `JobStepError` if none does but periods are known, which are not to be erased then.
+        Raise `JobStepError` if no sample counts there but something is known to have stood, which
+        is not to be erased then.
         """
         trigger, _ = read_trigger(rule.trigger)
-        samples, coverage, was_detected = self._execute(
-            DETECT_SQL[trigger["threshold_type"]], **window, feature_id=rule.feature_id,
-            interval=rule.interval, grid=rule.grid, threshold=float(trigger["threshold_value"]))
-        if not samples and self.parameters.get("no_samples") != "clear":
-            periods, *_ = self._execute(RESULT_SQL, **window)
-            if was_detected or periods:
-                raise JobStepError(
-                    f"No sample of {trigger['feature_name']!r} in the window has a value, but "
-                    f"alarm {rule.number} is known to have stood there; nothing was changed. "
-                    "Load the samples, then jobctl retry; or ask with "
-                    '"no_samples": "clear" to erase it')
-        return samples, coverage or 0.0
+        values = shape(trigger) | {
+            "object_id": self.step["object_id"], "alarm_id": self.step["alarm_id"],
+            "start": parse_time(self.parameters["start"]),
+            "end": parse_time(self.parameters["end"]),
+            "model_id": rule.model_id, "number": rule.number, "important_ids": rule.important_ids,
+            "feature_id": rule.feature_id, "interval": rule.interval, "grid": rule.grid,
+            "threshold": float(trigger["threshold_value"])}
+        found = Found(*CALCULATE[trigger["threshold_type"]].run(self.connection, values))
+        if found.coverage is None:
+            (coverage,) = COVERAGE.run(self.connection, values)
+            found = replace(found, coverage=coverage)
+        if found.stood and not found.samples and self.parameters.get("no_samples") != "clear":
+            raise JobStepError(
+                f"No sample of {trigger['feature_name']!r} in the window has a value, but "
+                f"alarm {rule.number} is known to have stood there; nothing was changed. "
+                "Load the samples, then jobctl retry; or ask with "
+                '"no_samples": "clear" to erase it')
+        return found
 
-    # Settling: the history of the step's alarm, then of what gives way to it, where it changed.
-
-    def _settle_all(self, rule: Rule, window: dict[str, Any]) -> None:
-        changed = {rule.number: self._settle(self.step["alarm_id"], rule.important, rule.trigger,
-                                             **window)}
-        alarms = self._others(rule, changed[rule.number])
+    def _settle_others(self, rule: Rule, span: tuple[datetime | None, datetime | None]) -> None:
+        """Settle what gives way to the step's alarm, whose history changed within `span`."""
+        changed = {rule.number: span}
+        alarms = self._model(rule)
         for number, alarm in alarms.items():
-            spans = [changed[n] for n in alarm["important"] if changed.get(n)]
+            spans = [changed[n] for n in alarm["important"] if n in changed]
             if spans and is_calculated(alarm["trigger"]):
-                important_ids = [alarms[n]["id"] for n in alarm["important"] if n in alarms]
-                changed[number] = self._settle(
-                    alarm["id"], important_ids, alarm["trigger"],
-                    start=min(low for low, _ in spans), end=max(high for _, high in spans))
+                low, high = SETTLE.run(self.connection, {
+                    "object_id": self.step["object_id"], "alarm_id": alarm["id"],
+                    "important_ids": [alarms[n]["id"] for n in alarm["important"] if n in alarms],
+                    "start": min(low for low, _ in spans), "end": max(high for _, high in spans),
+                    **shape(read_trigger(alarm["trigger"])[0])})
+                if low:
+                    changed[number] = low, high
 
-    def _settle(self, alarm_id: int, important_ids: list[int], trigger_text: str,
-                start: datetime, end: datetime) -> tuple[datetime, datetime] | None:
-        """Settle one alarm; return from when to when its history changed, None if it did not."""
-        trigger, _ = read_trigger(trigger_text)
-        min_duration, max_gap = trigger.get("min_duration", 0), trigger.get("max_gap", 0)
-        low, high = self._execute(
-            SETTLE_SQL, alarm_id=alarm_id, important_ids=important_ids, start=start, end=end,
-            min_duration=f"{min_duration:.6f} s", max_gap=f"{max_gap:.6f} s",
-            reach=f"{min_duration + 2 * max_gap:.6f} s")
-        return (low, high) if low else None
-
-    def _others(self, rule: Rule, changed: tuple[datetime, datetime] | None
-                ) -> dict[int, dict[str, Any]]:
-        """Return the model's alarms by number, in order; {} if none has to be settled."""
-        if changed is None:
-            return {}
-        rows = self.connection.execute(OTHERS_SQL, {
-            "model_id": rule.model_id, "number": rule.number, "low": changed[0],
-            "object_id": self.step["object_id"]}).fetchall()
+    def _model(self, rule: Rule) -> dict[int, dict[str, Any]]:
+        """Return the model's alarms by number, the more important ones first."""
         alarms = {number: {"id": alarm_id, "important": important, "trigger": trigger}
-                  for number, alarm_id, important, trigger in rows}
+                  for number, alarm_id, important, trigger in self.connection.execute(
+                      OTHERS_SQL, {"model_id": rule.model_id})}
         try:
             return {number: alarms[number] for number in important_first(alarms, alarms)}
         except JobRequestError as exc:
             raise JobStepError(str(exc)) from None
+
+
+def shape(trigger: Mapping[str, Any]) -> dict[str, str]:
+    """Return what the statements need of a trigger's min_duration and max_gap, as intervals."""
+    min_duration, max_gap = trigger.get("min_duration", 0), trigger.get("max_gap", 0)
+    return {"min_duration": f"{min_duration:.6f} s", "max_gap": f"{max_gap:.6f} s",
+            "reach": f"{min_duration + 2 * max_gap:.6f} s"}
 
 
 def important_first(alarms: Mapping[int, Mapping[str, Any]], numbers: Iterable[int]) -> list[int]:

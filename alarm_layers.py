@@ -1,77 +1,132 @@
 """The two layers of alarms, as SQL: what was detected, and the history that follows from it.
 
-alarms_detected is what an alarm's own trigger found in the samples: DETECT_SQL replaces it inside
-a window and nowhere else. alarms_history is a function of it, which SETTLE_SQL brings up to date:
-detected periods with at most max_gap between them joined, then those shorter than min_duration
-left out, then less what the history of more important alarms covers.
+alarms_detected is what an alarm's own trigger found in the samples; a calculation replaces it
+inside its window and nowhere else. alarms_history is a function of it: detected periods with at
+most max_gap between them joined, then those shorter than min_duration left out, then less what the
+history of more important alarms covers.
 
-All of it is set algebra on multiranges, one object and one alarm at a time, and nothing but counts
-and bounds leaves the database. The sample at T stands for (T - sample_interval, T]; time is
+CALCULATE_SQL does both for the alarm of a step, SETTLE_SQL the second for an alarm that gives way
+to it. All of it is set algebra on multiranges, one object and one alarm at a time, and nothing but
+counts and bounds leaves the database. The sample at T stands for (T - sample_interval, T]; time is
 continuous here, so which end of a range is closed does not matter: all are written [ ).
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
-def last_before(table: str, moment: str) -> str:
-    """Return SQL: when the alarm's last period that began before `moment` began.
+import psycopg
 
-    The periods of an alarm do not overlap, so no other one before can reach over it: a night costs
-    the same behind ten years of history.
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """A statement whose placeholders are numbered already.
+
+    psycopg translates %(name)s anew each time in statements of more than 4,096 characters, which
+    takes longer than a quiet night's calculation does in the server.
     """
-    return f"""COALESCE((SELECT max(start_time)
+
+    text: bytes
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, sql: str) -> Statement:
+        names = tuple(dict.fromkeys(re.findall(r"%\((\w+)\)s", sql)))
+        text = re.sub(r"%\((\w+)\)s", lambda m: f"${names.index(m[1]) + 1}", sql)
+        return cls(text.encode(), names)
+
+    def run(self, connection: psycopg.Connection, values: Mapping[str, Any]) -> tuple[Any, ...]:
+        """Return its one row."""
+        cursor = psycopg.RawCursor(connection)
+        return cursor.execute(self.text, [values[name] for name in self.names],
+                              prepare=True).fetchone()
+
+
+def reaching(table: str, low: str, high: str) -> str:
+    """Return SQL: the alarm's periods in `table` that lie in [low, high], reach into it or touch.
+
+    The periods of an alarm do not overlap, so of those that begin before only the last can: a
+    night costs the same behind ten years of history.
+    """
+    return f"""
+    SELECT start_time, end_time
+      FROM {table}
+     WHERE object_id = %(object_id)s
+       AND alarm_id = %(alarm_id)s
+       AND start_time >= COALESCE((SELECT max(start_time)
                                      FROM {table}
                                     WHERE object_id = %(object_id)s
                                       AND alarm_id = %(alarm_id)s
-                                      AND start_time < {moment}), '-infinity')"""  # noqa: S608
+                                      AND start_time < {low}), '-infinity')
+       AND start_time <= {high}
+       AND end_time >= {low}"""  # noqa: S608
 
 
-# A layer's rows `old` become `period`, with as few changes as possible: a row that stays the same
-# is not touched, so computing again changes nothing, not even ids. No joins: the planner knows
-# nothing of the number of periods, and a nested loop over 263,001 of them does not end. Grouping
-# hashes or sorts, membership in a multirange is a binary search, whatever was expected. ON
-# CONFLICT only for rows that keep their start: it costs half as much again as a plain INSERT.
-REPLACE_CTES = """
-change AS MATERIALIZED (
+def union(rows: str) -> str:
+    """Return SQL: the union of the periods in `rows`."""
+    return f"""COALESCE((SELECT pg_catalog.range_agg(tstzrange(start_time, end_time))
+                           FROM {rows}), '{{}}')"""  # noqa: S608
+
+
+def replacing(layer: str) -> str:
+    """Return CTEs: the rows `{layer}_old` of a layer become the periods `{layer}_new`.
+
+    With as few changes as possible: a row that stays the same is not touched, so computing again
+    changes nothing, not even ids. No joins: the planner knows nothing of the number of periods,
+    and a nested loop over 263,001 of them does not end. Grouping hashes or sorts, membership in a
+    multirange is a binary search, whatever was expected. ON CONFLICT only for rows that keep
+    their start: it costs half as much again as a plain INSERT.
+    """
+    keys = f"INTO alarms_{layer} (object_id, alarm_id, start_time, end_time)"
+    return f"""
+{layer}_change AS MATERIALIZED (
     SELECT start_time,
            max(end_time) FILTER (WHERE is_new) AS end_time,
            max(end_time) FILTER (WHERE NOT is_new) AS old_end_time
-      FROM (SELECT start_time, end_time, true AS is_new FROM period
+      FROM (SELECT pg_catalog.lower(p) AS start_time, pg_catalog.upper(p) AS end_time,
+                   true AS is_new
+              FROM {layer}_new, pg_catalog.unnest(periods) AS p
              UNION ALL
-            SELECT start_time, end_time, false FROM old) AS row
+            SELECT start_time, end_time, false FROM {layer}_old) AS row
      GROUP BY start_time
-), doomed AS MATERIALIZED (
+), {layer}_doomed AS MATERIALIZED (
     SELECT pg_catalog.range_agg(tstzrange(start_time, start_time, '[]')) AS starts
-      FROM change
+      FROM {layer}_change
      WHERE end_time IS NULL
-), gone AS (
-    DELETE FROM {table}
+), {layer}_gone AS (
+    DELETE FROM alarms_{layer}
      WHERE object_id = %(object_id)s
        AND alarm_id = %(alarm_id)s
-       AND start_time BETWEEN (SELECT pg_catalog.lower(starts) FROM doomed)
-                          AND (SELECT pg_catalog.upper(starts) FROM doomed)
-       AND (SELECT starts FROM doomed) OPERATOR(pg_catalog.@>) start_time
-), added AS (
-    INSERT INTO {table} (object_id, alarm_id, start_time, end_time)
+       AND start_time BETWEEN (SELECT pg_catalog.lower(starts) FROM {layer}_doomed)
+                          AND (SELECT pg_catalog.upper(starts) FROM {layer}_doomed)
+       AND (SELECT starts FROM {layer}_doomed) OPERATOR(pg_catalog.@>) start_time
+), {layer}_added AS (
+    INSERT {keys}
     SELECT %(object_id)s, %(alarm_id)s, start_time, end_time
-      FROM change
+      FROM {layer}_change
      WHERE old_end_time IS NULL
-), changed AS (
-    INSERT INTO {table} (object_id, alarm_id, start_time, end_time)
+), {layer}_moved AS (
+    INSERT {keys}
     SELECT %(object_id)s, %(alarm_id)s, start_time, end_time
-      FROM change
+      FROM {layer}_change
      WHERE end_time <> old_end_time
     ON CONFLICT (object_id, alarm_id, start_time) DO UPDATE SET end_time = EXCLUDED.end_time
-)"""
+)"""  # noqa: S608
 
-# The samples that count in the window: with a value, which NULL and NaN are not (NaN is greater
-# than any number in PostgreSQL). They are read from the index alone (primary key of
-# feature_values), in its order. Months and days differ in length, so the last sample that still
-# reaches into the window is looked up, no further than twice the interval behind it.
-SAMPLE_CONDITION = """v.object_id = %(object_id)s
-       AND v.feature_id = %(feature_id)s
-       AND v.timestamp > %(start)s
-       AND v.timestamp <= COALESCE(
+
+WINDOW = "pg_catalog.tstzmultirange(pg_catalog.tstzrange(%(start)s, %(end)s))"
+
+# The samples of the window. They are read from the index alone (primary key of feature_values),
+# in its order. Months and days differ in length, so the last sample that still reaches into the
+# window is looked up, no further than twice the interval behind it.
+SAMPLES = """feature_values
+     WHERE object_id = %(object_id)s
+       AND feature_id = %(feature_id)s
+       AND timestamp > %(start)s
+       AND timestamp <= COALESCE(
                (SELECT max(last.timestamp)
                   FROM feature_values last
                  WHERE last.object_id = %(object_id)s
@@ -79,136 +134,164 @@ SAMPLE_CONDITION = """v.object_id = %(object_id)s
                    AND last.timestamp > %(end)s
                    AND last.timestamp < %(end)s::timestamptz + %(interval)s::interval
                                           + %(interval)s::interval
-                   AND last.timestamp - %(interval)s::interval < %(end)s), %(end)s)
-       AND v.value < 'NaN'"""
-
-WINDOW = "pg_catalog.tstzmultirange(pg_catalog.tstzrange(%(start)s, %(end)s))"
+                   AND last.timestamp - %(interval)s::interval < %(end)s), %(end)s)"""
 
 
-def detecting(compares: str) -> str:
-    """Return SQL: detect one alarm of one object in one window.
+def stood_for(ends: str) -> str:
+    """Return SQL: the union of the intervals that samples at `ends`, an ordered array, stand for.
 
-    As set algebra on multiranges: the sample intervals that trigger, cut to the window, and what
-    was detected outside of it, joined where they touch. Where all samples lie on the grid of the
-    window they do not overlap, and need only be counted to know what they cover; else they are
-    read once more. A row: samples, coverage, whether anything was detected in the window before.
+    All of the time less the gaps between neighbours: range_agg takes three times as long for a
+    sample. Intervals with days or months differ in length, and about a change of the clocks a
+    later sample's may begin earlier: those are added up one by one.
     """
-    return f"""
-WITH sample AS MATERIALIZED (
-    SELECT count(*) AS samples,
-           bool_and(v.timestamp = date_bin(%(grid)s::interval, v.timestamp, %(start)s))
-           AND %(end)s = date_bin(%(grid)s::interval, %(end)s, %(start)s) AS on_grid,
-           pg_catalog.range_agg(tstzrange(v.timestamp - %(interval)s::interval, v.timestamp))
-               FILTER (WHERE v.value {compares} %(threshold)s) AS triggering
-      FROM feature_values v
-     WHERE {SAMPLE_CONDITION}
-), old AS MATERIALIZED (
-    SELECT start_time, end_time
-      FROM alarms_detected
-     WHERE object_id = %(object_id)s
-       AND alarm_id = %(alarm_id)s
-       AND start_time >= {last_before("alarms_detected", "%(start)s")}
-       AND start_time <= %(end)s
-       AND end_time >= %(start)s
-), period AS MATERIALIZED (
-    SELECT pg_catalog.lower(p) AS start_time, pg_catalog.upper(p) AS end_time
-      FROM sample,
-           (SELECT COALESCE(pg_catalog.range_agg(tstzrange(start_time, end_time)),
-                            '{{}}') AS before
-              FROM old) AS o,
-           pg_catalog.unnest(
-               (COALESCE(triggering, '{{}}') OPERATOR(pg_catalog.*) {WINDOW})
-               OPERATOR(pg_catalog.+) (before OPERATOR(pg_catalog.-) {WINDOW})) AS p
-), {REPLACE_CTES.format(table="alarms_detected")}
-SELECT samples,
-       round((CASE WHEN on_grid THEN samples::numeric * extract(epoch FROM %(interval)s::interval)
-                   ELSE (SELECT sum(extract(epoch FROM pg_catalog.upper(r) - pg_catalog.lower(r)))
-                           FROM pg_catalog.unnest({WINDOW} OPERATOR(pg_catalog.*) (
-                                    SELECT pg_catalog.range_agg(tstzrange(
-                                               v.timestamp - %(interval)s::interval, v.timestamp))
-                                      FROM feature_values v
-                                     WHERE {SAMPLE_CONDITION})) AS r)
-              END / extract(epoch FROM %(end)s::timestamptz - %(start)s))::numeric, 6)::float8,
-       EXISTS (SELECT FROM old WHERE start_time < %(end)s AND end_time > %(start)s)
-  FROM sample
-"""  # noqa: S608
+    return f"""CASE WHEN {ends} IS NULL THEN '{{}}'
+                WHEN %(grid)s::interval IS NULL
+                THEN (SELECT pg_catalog.range_agg(tstzrange(t - %(interval)s::interval, t))
+                        FROM pg_catalog.unnest({ends}) AS t)
+                ELSE pg_catalog.tstzmultirange(tstzrange(
+                         {ends}[1] - %(grid)s::interval,
+                         {ends}[pg_catalog.array_upper({ends}, 1)]))
+                     OPERATOR(pg_catalog.-) COALESCE((
+                         SELECT pg_catalog.range_agg(tstzrange(a, b - %(grid)s::interval))
+                           FROM (SELECT pg_catalog.unnest({ends}) AS a,
+                                        pg_catalog.unnest({ends}[2:]) AS b) AS neighbours
+                          WHERE a < b - %(grid)s::interval), '{{}}')
+           END"""  # noqa: S608
 
 
-DETECT_SQL = {"high": detecting(">"), "low": detecting("<")}
-
-# The history of one alarm inside a span of time, brought up to date with what was detected and
-# with the history of more important alarms. The span is the window and, as far as it goes, what is
-# joined to something in it or was until now: what lies within max_gap of it. near is read so far
-# beyond (reach: min_duration and two gaps) that what is not read can neither be joined to what
-# matters here nor decide whether that is long enough. Returns from when to when anything changed.
-SETTLE_SQL = f"""
-WITH near AS MATERIALIZED (
-    SELECT start_time, end_time
-      FROM alarms_detected
-     WHERE object_id = %(object_id)s
-       AND alarm_id = %(alarm_id)s
-       AND start_time >= {last_before("alarms_detected",
-                                      "%(start)s::timestamptz - %(reach)s::interval")}
-       AND start_time <= %(end)s::timestamptz + %(reach)s::interval
-       AND end_time >= %(start)s::timestamptz - %(reach)s::interval
-), joined AS MATERIALIZED (
+# The history of one alarm inside a span of time, from its periods `detected_new`, which are known
+# so far beyond (reach: min_duration and two gaps) that what is not known can neither be joined to
+# what matters here nor decide whether that is long enough. The span is the window and, as far as
+# it goes, what is joined to something in it or was until now: what lies within max_gap of it.
+SETTLING = f"""
+joined AS MATERIALIZED (
     SELECT pg_catalog.lower(r) AS start_time,
            pg_catalog.upper(r) - %(max_gap)s::interval AS end_time
-      FROM pg_catalog.unnest((SELECT pg_catalog.range_agg(tstzrange(
-                              start_time, end_time + %(max_gap)s::interval))
-                     FROM near)) AS r
+      FROM pg_catalog.unnest((
+               SELECT pg_catalog.range_agg(tstzrange(pg_catalog.lower(p),
+                                                     pg_catalog.upper(p) + %(max_gap)s::interval))
+                 FROM detected_new, pg_catalog.unnest(periods) AS p
+                WHERE %(reach)s::interval > '0')) AS r
 ), span AS MATERIALIZED (
     SELECT LEAST(%(start)s, min(start_time)) AS low, GREATEST(%(end)s, max(end_time)) AS high
       FROM joined
-     WHERE %(reach)s::interval > '0'
-       AND start_time <= %(end)s::timestamptz + %(max_gap)s::interval
+     WHERE start_time <= %(end)s::timestamptz + %(max_gap)s::interval
        AND end_time >= %(start)s::timestamptz - %(max_gap)s::interval
-), old AS MATERIALIZED (
-    SELECT start_time, end_time
-      FROM alarms_history
-     WHERE object_id = %(object_id)s
-       AND alarm_id = %(alarm_id)s
-       AND start_time >= {last_before("alarms_history", "(SELECT low FROM span)")}
-       AND start_time <= (SELECT high FROM span)
-       AND end_time >= (SELECT low FROM span)
+), history_old AS MATERIALIZED ({reaching(
+    "alarms_history", "(SELECT low FROM span)", "(SELECT high FROM span)")}
 ), layer AS MATERIALIZED (
     SELECT pg_catalog.tstzmultirange(tstzrange(low, high)) AS span,
-           (SELECT COALESCE(pg_catalog.range_agg(tstzrange(start_time, end_time)), '{{}}')
-              FROM joined
-             WHERE end_time - start_time >= %(min_duration)s::interval) AS shaped,
-           (SELECT COALESCE(pg_catalog.range_agg(tstzrange(start_time, end_time)), '{{}}')
-              FROM alarms_history
+           CASE WHEN %(reach)s::interval > '0'
+                THEN {union("joined WHERE end_time - start_time >= %(min_duration)s::interval")}
+                ELSE (SELECT periods FROM detected_new) END AS shaped,
+           {union('''alarms_history
              WHERE object_id = %(object_id)s
                AND alarm_id = ANY(%(important_ids)s)
                AND start_time < high
-               AND end_time > low) AS important,
-           (SELECT COALESCE(pg_catalog.range_agg(tstzrange(start_time, end_time)), '{{}}')
-              FROM old) AS before
+               AND end_time > low''')} AS important,
+           {union("history_old")} AS before
       FROM span
-), settled AS MATERIALIZED (
+), history_new AS MATERIALIZED (
     SELECT ((shaped OPERATOR(pg_catalog.-) important) OPERATOR(pg_catalog.*) span)
-           OPERATOR(pg_catalog.+) (before OPERATOR(pg_catalog.-) span) AS after, before
+           OPERATOR(pg_catalog.+) (before OPERATOR(pg_catalog.-) span) AS periods, before
       FROM layer
-), period AS MATERIALIZED (
-    SELECT pg_catalog.lower(p) AS start_time, pg_catalog.upper(p) AS end_time
-      FROM settled, pg_catalog.unnest(after) AS p
-), {REPLACE_CTES.format(table="alarms_history")}
-SELECT pg_catalog.lower(changed), pg_catalog.upper(changed)
-  FROM (SELECT (after OPERATOR(pg_catalog.-) before)
-               OPERATOR(pg_catalog.+) (before OPERATOR(pg_catalog.-) after) AS changed
-          FROM settled) AS d
+), {replacing("history")}, differs AS MATERIALIZED (
+    SELECT pg_catalog.lower(d) AS low, pg_catalog.upper(d) AS high
+      FROM (SELECT (periods OPERATOR(pg_catalog.-) before)
+                   OPERATOR(pg_catalog.+) (before OPERATOR(pg_catalog.-) periods) AS d
+              FROM history_new) AS h
+)"""  # noqa: S608
+
+# One alarm's history brought up to date with what was detected and with the history of more
+# important alarms. Returns from when to when it changed.
+SETTLE_SQL = f"""
+WITH detected_near AS MATERIALIZED ({reaching(
+    "alarms_detected", "%(start)s::timestamptz - %(reach)s::interval",
+    "%(end)s::timestamptz + %(reach)s::interval")}
+), detected_new AS MATERIALIZED (
+    SELECT {union("detected_near")} AS periods
+), {SETTLING}
+SELECT low, high FROM differs
 """  # noqa: S608
 
-# Also lets later statements be planned as usual again, see RULE_SQL.
-RESULT_SQL = f"""
-SELECT count(*),
-       COALESCE(sum(extract(epoch FROM LEAST(end_time, %(end)s)
-                                       - GREATEST(start_time, %(start)s))), 0)::float8,
-       set_config('enable_seqscan', 'on', true)
-  FROM alarms_history
- WHERE object_id = %(object_id)s
-   AND alarm_id = %(alarm_id)s
-   AND start_time >= {last_before("alarms_history", "%(start)s")}
-   AND start_time < %(end)s
-   AND end_time > %(start)s
+
+def last_end(table: str) -> str:
+    """Return SQL: the end of the last period of alarm `d`."""
+    return f"""(SELECT end_time
+                  FROM {table}
+                 WHERE object_id = %(object_id)s AND alarm_id = d.id
+                 ORDER BY start_time DESC
+                 LIMIT 1)"""  # noqa: S608
+
+
+def calculating(compares: str) -> str:
+    """Return SQL: detect one alarm of one object in one window, and settle its history.
+
+    Detected is what triggers, cut to the window, and what was detected outside of it, joined where
+    they touch. A value is what is neither NULL nor NaN (NaN is greater than any number in
+    PostgreSQL). Samples that all lie on the grid of the window do not overlap, and need only be
+    counted to know what they cover; else they are read once more.
+
+    A row: samples with a value, coverage, periods, their seconds inside, whether anything stood or
+    was detected there before, from when to when the history changed, and whether what gives way to
+    it may have to be settled: not if all that is known of those alarms is over by then, so that
+    a night costs nothing where those come later in the job.
+    """
+    return f"""
+WITH sample AS MATERIALIZED (
+    SELECT count(*) FILTER (WHERE value < 'NaN') AS samples,
+           pg_catalog.count(NULLIF(timestamp, date_bin((SELECT %(grid)s::interval), timestamp,
+                                                       (SELECT %(start)s::timestamptz))))
+               AS off_grid,
+           pg_catalog.array_agg(timestamp ORDER BY timestamp)
+               FILTER (WHERE value {compares} (SELECT %(threshold)s::float8)
+                         AND value < 'NaN') AS triggering
+      FROM {SAMPLES}
+), detected_old AS MATERIALIZED ({reaching(
+    "alarms_detected", "%(start)s::timestamptz - %(reach)s::interval",
+    "%(end)s::timestamptz + %(reach)s::interval")}
+), detected_new AS MATERIALIZED (
+    SELECT (triggers OPERATOR(pg_catalog.*) {WINDOW})
+           OPERATOR(pg_catalog.+) (before OPERATOR(pg_catalog.-) {WINDOW}) AS periods, before
+      FROM (SELECT {stood_for("triggering")} AS triggers, {union("detected_old")} AS before
+              FROM sample) AS s
+), {replacing("detected")}, {SETTLING}, inside AS (
+    SELECT count(*) AS periods,
+           extract(epoch FROM sum(pg_catalog.upper(p) - pg_catalog.lower(p))) AS seconds
+      FROM history_new, pg_catalog.unnest(periods OPERATOR(pg_catalog.*) {WINDOW}) AS p
+)
+SELECT samples,
+       CASE WHEN off_grid = 0 AND %(end)s = date_bin(%(grid)s::interval, %(end)s, %(start)s)
+            THEN round(samples::numeric * extract(epoch FROM %(grid)s::interval)
+                       / extract(epoch FROM %(end)s::timestamptz - %(start)s), 6)::float8 END,
+       inside.periods, COALESCE(inside.seconds, 0)::float8,
+       (detected_new.before OPERATOR(pg_catalog.+) history_new.before)
+           OPERATOR(pg_catalog.&&) {WINDOW},
+       low, high,
+       low < (SELECT max(GREATEST({last_end("alarms_detected")},
+                                  {last_end("alarms_history")}))
+                FROM alarms d
+               WHERE low IS NOT NULL
+                 AND d.object_model_id = %(model_id)s
+                 AND %(number)s = ANY(d.non_overlapping_alarms))
+  FROM sample, detected_new, history_new, inside, differs
 """  # noqa: S608
+
+
+CALCULATE_SQL = {"high": calculating(">"), "low": calculating("<")}
+
+# The share of the window that its samples with a value cover, where they are not on its grid.
+COVERAGE_SQL = f"""
+WITH sample AS MATERIALIZED (
+    SELECT pg_catalog.array_agg(timestamp ORDER BY timestamp) AS ends
+      FROM {SAMPLES}
+       AND value < 'NaN'
+)
+SELECT COALESCE(round(extract(epoch FROM sum(pg_catalog.upper(p) - pg_catalog.lower(p)))
+                      / extract(epoch FROM %(end)s::timestamptz - %(start)s), 6), 0)::float8
+  FROM sample, pg_catalog.unnest({stood_for("ends")} OPERATOR(pg_catalog.*) {WINDOW}) AS p
+"""  # noqa: S608
+
+CALCULATE = {kind: Statement.of(sql) for kind, sql in CALCULATE_SQL.items()}
+COVERAGE = Statement.of(COVERAGE_SQL)
+SETTLE = Statement.of(SETTLE_SQL)

@@ -19,8 +19,13 @@ PLANS_SECONDS = 1.0  # how long plans are kept
 MANY_STEPS = 1000    # of a job: it is not run by plans made for a small table
 
 # What a job has changed in the session, undone: before our own next statement, what those rest on;
-# before the next job the rest as well. RESET ALL returns to what `connect` has asked for.
-RESTORE = ("RESET SESSION AUTHORIZATION", "RESET ALL")
+# before the next job the rest as well. RESET ALL returns to what `connect` has asked for, except
+# for who we are (the role with it), which NULL does, in the statement that we need for the name.
+RESTORE = "RESET ALL"
+NAME_SQL = """
+SELECT set_config('session_authorization', NULL, false),
+       set_config('application_name', %(name)s, false)
+"""
 RESTORE_ALL = ("CLOSE ALL", "DISCARD TEMP", """
 SELECT CASE l.objsubid WHEN 1 THEN pg_advisory_unlock(l.classid::bigint << 32 | l.objid::bigint)
                        ELSE pg_advisory_unlock(l.classid::int, l.objid::int) END
@@ -29,7 +34,6 @@ SELECT CASE l.objsubid WHEN 1 THEN pg_advisory_unlock(l.classid::bigint << 32 | 
    AND l.locktype = 'advisory'
    AND NOT (l.objsubid = 1 AND l.classid::bigint << 32 | l.objid::bigint = %(worker_id)s)
 """)
-NAME_SQL = "SELECT set_config('application_name', %(name)s, false)"
 
 
 class Session:
@@ -80,8 +84,7 @@ class Session:
         """Undo what a job has changed in the session; `over`: all of it, and old plans go, too."""
         if self._lent:
             self._lent = False
-            for sql in RESTORE:
-                self._second.execute(sql)
+            self._second.execute(RESTORE)
             if not self.settled:
                 self._second.execute(*settlement())
             self._second.execute(NAME_SQL, {"name": self.name})

@@ -23,7 +23,6 @@ from park import (
 
 import alarm_calc
 import control
-import perfdb
 from worker import Worker, use_worker
 
 pytest_plugins = ["alarm_fixtures"]
@@ -188,9 +187,10 @@ def test_the_upgrade_copies_the_history_once(conn):
 def test_a_step_leaves_the_planner_as_it_was(conn, dsn):
     """The statement that ends the job is planned in the same transaction."""
     make_park(conn)
-    with perfdb.connect(dsn) as connection, connection.transaction():
-        OneStep(connection, 1, 1, start="2026-03-01 00:00:00", end="2026-03-02 00:00:00").run()
-        assert connection.execute("SHOW enable_seqscan").fetchone() == ("on",)
+    with (contextlib.closing(Worker(dsn)) as worker, worker.connection.transaction()):
+        OneStep(worker.lend(), 1, 1, start="2026-03-01 00:00:00", end="2026-03-02 00:00:00").run()
+        for setting, value in (("enable_seqscan", "on"), ("plan_cache_mode", "auto")):
+            assert worker.execute(f"SHOW {setting}", {}).fetchone() == (value,)
 
 
 # Random cases against the oracle; make chaos runs thousands.
