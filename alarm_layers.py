@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import psycopg
+from psycopg.types.numeric import Int4
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +40,10 @@ class Statement:
         return cls(text.encode(), names)
 
     def run(self, connection: psycopg.Connection, values: Mapping[str, Any]) -> tuple[Any, ...]:
-        """Return its one row."""
-        cursor = psycopg.RawCursor(connection)
-        return cursor.execute(self.text, [values[name] for name in self.names],
-                              prepare=True).fetchone()
+        """Return its one row; ints are of one type whatever their size: it is prepared once."""
+        given = [Int4(value) if isinstance(value, int) else value
+                 for value in map(values.__getitem__, self.names)]
+        return psycopg.RawCursor(connection).execute(self.text, given, prepare=True).fetchone()
 
 
 def reaching(table: str, low: str, high: str) -> str:
