@@ -99,6 +99,16 @@ def test_a_missing_sample_ends_an_alarm(conn, calculate):
     assert history(conn) == [("LAN-01", 111, at(0), at(20)), ("LAN-01", 111, at(30), at(40))]
 
 
+def test_samples_need_not_come_in_order(conn, calculate):
+    """As from a table of one's own without an index."""
+    make_park(conn)
+    conn.execute("ALTER TABLE feature_values DROP CONSTRAINT feature_values_pkey")
+    samples = every_ten_minutes([11, 11, 9, 11])
+    add_samples(conn, dict(reversed(samples.items())))
+    calculate()
+    assert history(conn) == [("LAN-01", 111, at(0), at(20)), ("LAN-01", 111, at(30), at(40))]
+
+
 def test_the_sample_interval_is_the_features(conn, calculate):
     make_park(conn)
     conn.execute("UPDATE features SET sample_interval = '1 hour'")

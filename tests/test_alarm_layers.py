@@ -133,6 +133,21 @@ def test_months_and_days_are_the_same_under_any_cut(conn, ask, dsn, monkeypatch,
     assert [row["result"]["samples"] for row in results] == [1, 1]
 
 
+def test_a_later_sample_may_stand_for_an_earlier_begin(conn, ask, dsn, monkeypatch):
+    """02:30 comes before 02:10 in the night that has an hour twice; a day before it does not."""
+    monkeypatch.setenv("PERFDB_TIMEZONE", "Europe/Madrid")
+    make_park(conn)
+    conn.execute("UPDATE features SET sample_interval = '1 day'")
+    stamps = [datetime.fromisoformat(f"2026-10-25 {clock}Z") for clock in ("00:30", "01:10")]
+    add_samples(conn, dict.fromkeys(stamps, 11))
+    with contextlib.closing(Worker(dsn)) as worker:
+        use_worker(worker)
+        alarm_calc.JobAlarmCalc(ask(stamps[0] - 2 * DAY, stamps[1] + DAY)).run()
+        use_worker(None)
+    begin = datetime.fromisoformat("2026-10-24 00:10Z")
+    assert history(conn) == [("LAN-01", 111, begin, stamps[1])]
+
+
 # No data is not "no alarm".
 
 @pytest.mark.parametrize("loss", [
