@@ -50,6 +50,9 @@ def test_a_plan_made_on_an_empty_history_does_not_read_it_whole_later(conn, dsn,
     worker = Worker(dsn)
     use_worker(worker)
     alarm_calc.JobAlarmCalc(job_id).run()
+    assert worker.connection.execute(  # nor is it made anew for every window
+        "SELECT count(*), sum(custom_plans) FROM pg_prepared_statements "
+        "WHERE statement LIKE '%alarms_detected%'").fetchone() == (1, 0)
     flush_statistics(worker.connection)
     (read,) = conn.execute("SELECT sum(t.seq_tup_read + i.idx_tup_read) "
                            "FROM pg_stat_user_tables t JOIN pg_stat_user_indexes i USING (relid) "

@@ -80,6 +80,16 @@ def test_an_alarm_that_is_not_calculated_here_is_used_and_left_alone(conn, calcu
     assert history(conn, 113) == [("LAN-01", 113, at(20), at(40))]
 
 
+def test_history_of_which_nothing_is_detected_is_settled_as_well(conn, calculate):
+    """As after a trigger that was the manufacturer's has become a threshold."""
+    make_park(conn, alarms={111: (trigger(value=20), []), 112: (trigger(), [111])})
+    add_samples(conn, every_ten_minutes([25, 25]))
+    conn.execute("INSERT INTO alarms_history (object_id, alarm_id, start_time, end_time) "
+                 "SELECT 1, id, %s, %s FROM alarms WHERE manufacturer_id = 112", [at(-60), at(60)])
+    calculate(alarms=[111])
+    assert history(conn, 112) == [("LAN-01", 112, at(-60), at(0)), ("LAN-01", 112, at(20), at(60))]
+
+
 @pytest.mark.parametrize("nights", [(0, 1), (1, 0)])
 def test_a_period_over_midnight_comes_into_being_in_both_nights(conn, calculate, nights):
     make_park(conn, alarms={111: (trigger(min_duration=1800), [])})
@@ -171,6 +181,16 @@ def test_a_window_without_a_sample_erases_nothing(conn, calculate, loss):
     assert history(conn) == [("LAN-01", 112, at(0), at(30))]
     assert calculate(alarms=[112], no_samples="clear") == []
     assert history(conn) == []
+
+
+def test_what_was_detected_and_hidden_is_not_erased_either(conn, calculate):
+    make_park(conn, alarms={111: (trigger(value=5), []), 112: (trigger(), [111])})
+    add_samples(conn, every_ten_minutes([11, 11]))
+    calculate(alarms=[111, 112])
+    assert history(conn, 112) == []
+    conn.execute("DELETE FROM feature_values")
+    assert len(calculate(alarms=[112])) == 1
+    assert "alarm 112 is known to have stood there" in comment(conn, "job_steps")
 
 
 def test_a_window_in_a_bridged_gap_erases_nothing(conn, calculate):
