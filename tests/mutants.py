@@ -98,6 +98,7 @@ def mutants() -> Iterator[Mutant]:
     yield from of_reconnecting()
     yield from of_claims()
     yield from of_code()
+    yield from of_alarms()
 
 
 def of_life() -> Iterator[Mutant]:
@@ -212,6 +213,36 @@ def of_code() -> Iterator[Mutant]:
     yield Mutant("a dropped job that is ours after all is left in hand", "handler.py",
                  r"\n            worker\.put_back\(self\.worker\)  # if[^\n]*", "",
                  "test_setbacks.py -k taken_away")
+
+
+def of_alarms() -> Iterator[Mutant]:
+    """The Alarm Calculation: who may be at an object, what is not believed, what is not read."""
+    yield of("TAKE_TURNS_SQL", "alarm_calc.py", r"pg_advisory_xact_lock[^\n]*,", "NULL,",
+             "test_alarm_calc.py -k take_turns", "its lock")
+    yield of("TAKE_TURNS_SQL", "alarm_calc.py", r"\s+set_config\('enable_seqscan'[^)]*\),", "",
+             "test_alarm_calc.py -k plan_made", "index scans only")
+    yield of("TAKE_TURNS_SQL", "alarm_calc.py", r"'force_generic_plan'", "'auto'",
+             "test_alarm_calc.py -k plan_made", "one plan for all windows")
+    for name, clause, instead, test in [
+        ("NaN triggers", r"(threshold[^\n]*\n\s+)AND value < 'NaN'", r"\1",
+         "test_alarm_calc.py -k test_threshold"),
+        ("samples are taken as they come", r"( ORDER BY timestamp)(\)\n\s+FILTER)", r"\2",
+         "test_alarm_calc.py -k come_in_order"),
+        ("days are as long as each other", r"%\(grid\)s::interval IS NULL", "false",
+         "test_alarm_layers.py -k later_sample"),
+        ("coverage counts samples that overlap", "off_grid = 0", "true",
+         "test_alarm_calc.py -k coverage"),
+        ("nothing is known of what was detected", r"detected_new\.before OP[^)]*\) ", "",
+         "test_alarm_layers.py -k hidden"),
+    ]:
+        yield Mutant(name, "alarm_layers.py", clause, instead, test)
+    for name, clause, instead, test in [
+        ("a window without samples erases", r"if found\.stood and", "if False and",
+         "test_alarm_layers.py -k erases_nothing"),
+        ("what gives way is not settled", r"if found\.others:", "if False:",
+         "test_alarm_layers.py -k settles_the_others"),
+    ]:
+        yield Mutant(name, "alarm_calc.py", clause, instead, test)
 
 
 def run(mutant: Mutant, copy: Path, dsn: str) -> tuple[str, float]:

@@ -405,6 +405,20 @@ def test_two_calculations_of_one_object_take_turns(conn, dsn, ask, start_handler
     assert history(conn) == [("LAN-01", 111, at(0), at(60))]
 
 
+def test_a_definition_changed_while_waiting_is_followed(conn, dsn, ask, start_handler):
+    """What was calculated by it, before ours, is not replaced by what the old one finds."""
+    make_park(conn)
+    add_samples(conn, every_ten_minutes([11, 13]))
+    ask()
+    with perfdb.connect(dsn) as first, first.transaction():
+        first.execute(alarm_calc.TAKE_TURNS_SQL, {"object_id": 1})
+        handler = start_handler("--once")
+        wait_for(lambda: conn.execute("SELECT 1 FROM pg_locks WHERE NOT granted").fetchone())
+        define(first, 111, trigger(value=12))
+    assert handler.wait(20) == 0
+    assert history(conn) == [("LAN-01", 111, at(10), at(20))]
+
+
 # A real turbine's year.
 
 @pytest.fixture(scope="module")
