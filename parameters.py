@@ -66,6 +66,8 @@ def _refuse_number(digits: str) -> Any:
 def _is_too_deep(value: Any) -> bool:
     level = [value]
     for _ in range(MAX_DEPTH):
+        if not level:
+            return False
         level = [child for parent in level if isinstance(parent, dict | list)
                  for child in (parent.values() if isinstance(parent, dict) else parent)]
     return bool(level)

@@ -28,6 +28,7 @@ import doctor
 import handler
 import report_alarms
 import report_jobs
+import report_samples
 from jobctl import load_types, moment
 from perfdb import connect, connect_plainly, query
 from report_page import escape, page, section
@@ -70,7 +71,7 @@ def jobs_page(connection: psycopg.Connection, args: argparse.Namespace, parts: P
         parts.add("Needs attention", report_jobs.attention, findings),
         parts.add("Schedules", report_jobs.schedules),
         parts.add("Running now", report_jobs.running),
-        parts.add("Samples", report_jobs.coverage, made),
+        parts.add("Samples", report_samples.coverage, made),
         parts.add("Steps over time", report_jobs.gantt),
         parts.add("Job types", report_jobs.types),
         parts.add("Database", report_jobs.database)]
