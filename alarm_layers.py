@@ -78,8 +78,9 @@ def replacing(layer: str) -> str:
     With as few changes as possible: a row that stays the same is not touched, so computing again
     changes nothing, not even ids. No joins: the planner knows nothing of the number of periods,
     and a nested loop over 263,001 of them does not end. Grouping hashes or sorts, membership in a
-    multirange is a binary search, whatever was expected. ON CONFLICT only for rows that keep
-    their start: it costs half as much again as a plain INSERT.
+    multirange is a binary search, whatever was expected; = ANY(ARRAY(...)) is none before
+    PostgreSQL 17, and 44 times slower with as many. ON CONFLICT only for rows that keep their
+    start: it costs half as much again as a plain INSERT.
     """
     keys = f"INTO alarms_{layer} (object_id, alarm_id, start_time, end_time)"
     return f"""
