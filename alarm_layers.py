@@ -161,6 +161,28 @@ def stood_for(ends: str) -> str:
            END"""  # noqa: S608
 
 
+# What the history of more important alarms covers between low and high. Periods of alarms that are
+# not calculated here may overlap, so any of them may reach over low; of the others only the last.
+# OFFSET 0: alarm by alarm, else the whole history of the object is read and joined.
+IMPORTANT = union("""alarms i
+                          CROSS JOIN LATERAL (
+                                SELECT h.start_time, h.end_time
+                                  FROM alarms_history h
+                                 WHERE h.object_id = %(object_id)s
+                                   AND h.alarm_id = i.id
+                                   AND h.start_time < high
+                                   AND h.end_time > low
+                                   AND h.start_time >= COALESCE((
+                                       SELECT max(last.start_time)
+                                         FROM alarms_history last
+                                        WHERE last.object_id = %(object_id)s
+                                          AND last.alarm_id = i.id
+                                          AND last.start_time < low
+                                          AND i.trigger->>'trigger_type'::text = 'threshold'),
+                                       '-infinity')
+                                OFFSET 0) AS h
+                          WHERE i.id = ANY(%(important_ids)s)""")
+
 # The history of one alarm inside a span of time, from its periods `detected_new`, which are known
 # so far beyond (reach: min_duration and two gaps) that what is not known can neither be joined to
 # what matters here nor decide whether that is long enough. The span is the window and, as far as
@@ -186,11 +208,7 @@ joined AS MATERIALIZED (
            CASE WHEN %(reach)s::interval > '0'
                 THEN {union("joined WHERE end_time - start_time >= %(min_duration)s::interval")}
                 ELSE (SELECT periods FROM detected_new) END AS shaped,
-           {union('''alarms_history
-             WHERE object_id = %(object_id)s
-               AND alarm_id = ANY(%(important_ids)s)
-               AND start_time < high
-               AND end_time > low''')} AS important,
+           {IMPORTANT} AS important,
            {union("history_old")} AS before
       FROM span
 ), history_new AS MATERIALIZED (

@@ -13,6 +13,7 @@ from helpers import flush_statistics, wait_for
 from park import (
     DAY,
     MIDNIGHT,
+    OneStep,
     add_alarm,
     add_samples,
     at,
@@ -46,6 +47,7 @@ def test_a_plan_made_on_an_empty_history_does_not_read_it_whole_later(conn, dsn,
     for name in names:
         add_samples(conn, every_ten_minutes([11, 9] * 20), name)
     conn.execute("VACUUM alarms_history, alarms_detected")  # now PostgreSQL knows they are empty
+    before = rows_read(conn)
     job_id = ask(objects=names)
     worker = Worker(dsn)
     use_worker(worker)
@@ -54,13 +56,38 @@ def test_a_plan_made_on_an_empty_history_does_not_read_it_whole_later(conn, dsn,
         "SELECT count(*), sum(custom_plans) FROM pg_prepared_statements "
         "WHERE statement LIKE '%alarms_detected%'").fetchone() == (1, 0)
     flush_statistics(worker.connection)
-    (read,) = conn.execute("SELECT sum(t.seq_tup_read + i.idx_tup_read) "
-                           "FROM pg_stat_user_tables t JOIN pg_stat_user_indexes i USING (relid) "
-                           "WHERE t.relname LIKE 'alarms\\_%'").fetchone().values()
+    read = rows_read(conn) - before  # before we look ourselves
     assert len(history(conn)) == 30 * 20
     assert read <= 30 * 20  # each object's own at most once; else 30 * 20 * 30 / 2 and more
     use_worker(None)
     worker.close()
+
+
+def test_a_night_reads_no_long_history(conn, dsn):
+    """Neither of the alarm nor of what it gives way to."""
+    make_park(conn, alarms={111: (trigger(), []), 112: (trigger(value=8), [111])})
+    add_samples(conn, every_ten_minutes([11, 9] * 6))
+    for table in ("alarms_detected", "alarms_history"):
+        conn.execute(f"INSERT INTO {table} (object_id, alarm_id, start_time, end_time) "
+                     "SELECT 1, a, t, t + interval '5 min' FROM generate_series(1, 2) AS a, "
+                     "generate_series(%s::timestamptz - interval '5000 h', %s, '1 h') AS t",
+                     [at(0), at(-60)])
+    before = rows_read(conn)
+    with perfdb.connect(dsn) as connection:
+        for alarm_id in (1, 2):
+            OneStep(connection, 1, alarm_id, start="2026-03-01 00:00:00",
+                    end="2026-03-02 00:00:00").run()
+        flush_statistics(connection)
+    assert rows_read(conn) - before < 100
+    assert len(history(conn, 112)) == 5000 + 6
+
+
+def rows_read(conn):
+    """Return how many rows of the two layers have been read so far, in tests before as well."""
+    flush_statistics(conn)
+    return conn.execute("SELECT sum(t.seq_tup_read + i.idx_tup_read) AS read "
+                        "FROM pg_stat_user_tables t JOIN pg_stat_user_indexes i USING (relid) "
+                        "WHERE t.relname LIKE 'alarms\\_%'").fetchone()["read"]
 
 
 @pytest.mark.parametrize(("rule", "values", "expected"), [
