@@ -120,6 +120,10 @@ def replacing(layer: str) -> str:
 
 WINDOW = "pg_catalog.tstzmultirange(pg_catalog.tstzrange(%(start)s, %(end)s))"
 
+# What Python can read: a period may have been put in by hand as one that never ends.
+READABLE = """pg_catalog.tstzmultirange(pg_catalog.tstzrange(
+                       '0001-01-03Z'::timestamptz, '9999-12-30Z'::timestamptz))"""
+
 # The samples of the window. They are read from the index alone (primary key of feature_values),
 # in its order. Months and days differ in length, so the last sample that still reaches into the
 # window is looked up, no further than twice the interval behind it.
@@ -183,7 +187,7 @@ joined AS MATERIALIZED (
 ), layer AS MATERIALIZED (
     SELECT pg_catalog.tstzmultirange(tstzrange(low, high)) AS span,
            CASE WHEN %(reach)s::interval > '0'
-                THEN {union("joined WHERE end_time - start_time >= %(min_duration)s::interval")}
+                THEN {union("joined WHERE end_time >= start_time + %(min_duration)s::interval")}
                 ELSE (SELECT periods FROM detected_new) END AS shaped,
            {union('''alarms_history
              WHERE object_id = %(object_id)s
@@ -198,8 +202,9 @@ joined AS MATERIALIZED (
       FROM layer
 ), {replacing("history")}, differs AS MATERIALIZED (
     SELECT pg_catalog.lower(d) AS low, pg_catalog.upper(d) AS high
-      FROM (SELECT (periods OPERATOR(pg_catalog.-) before)
-                   OPERATOR(pg_catalog.+) (before OPERATOR(pg_catalog.-) periods) AS d
+      FROM (SELECT ((periods OPERATOR(pg_catalog.-) before)
+                    OPERATOR(pg_catalog.+) (before OPERATOR(pg_catalog.-) periods))
+                   OPERATOR(pg_catalog.*) {READABLE} AS d
               FROM history_new) AS h
 )"""  # noqa: S608
 
