@@ -126,7 +126,9 @@ READABLE = """pg_catalog.tstzmultirange(pg_catalog.tstzrange(
 
 # The samples of the window. They are read from the index alone (primary key of feature_values),
 # in its order. Months and days differ in length, so the last sample that still reaches into the
-# window is looked up, no further than twice the interval behind it.
+# window is looked up, no further than twice the interval behind it. One before it may not reach so
+# far: a month before 29 March at 0:00 is 28 February at 0:00, a month before 28 March at 9:00 is
+# later.
 SAMPLES = """feature_values
      WHERE object_id = %(object_id)s
        AND feature_id = %(feature_id)s
@@ -139,7 +141,8 @@ SAMPLES = """feature_values
                    AND last.timestamp > %(end)s
                    AND last.timestamp < %(end)s::timestamptz + %(interval)s::interval
                                           + %(interval)s::interval
-                   AND last.timestamp - %(interval)s::interval < %(end)s), %(end)s)"""
+                   AND last.timestamp - %(interval)s::interval < %(end)s), %(end)s)
+       AND (timestamp <= %(end)s OR timestamp - %(interval)s::interval < %(end)s)"""
 
 
 def stood_for(ends: str) -> str:

@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import alarm_chaos
@@ -179,6 +179,18 @@ def test_months_and_days_are_the_same_under_any_cut(conn, ask, dsn, monkeypatch,
     assert history(conn) == [("LAN-01", 111, begin, stamp)]
     results = conn.execute("SELECT result FROM job_steps").fetchall()
     assert [row["result"]["samples"] for row in results] == [1, 1]
+
+
+def test_a_sample_that_begins_at_the_end_does_not_count_before_one_that_reaches_in(conn,
+                                                                                   calculate):
+    """A month before 29 March is 28 February, and so is a month before 28 March."""
+    make_park(conn)
+    conn.execute("UPDATE features SET sample_interval = '1 month'")
+    add_samples(conn, {datetime(2026, 3, 28, 9, tzinfo=UTC): 11,
+                       datetime(2026, 3, 29, 8, tzinfo=UTC): 11})
+    assert calculate(datetime(2026, 2, 27), datetime(2026, 2, 28, 9)) == []
+    (step,) = conn.execute("SELECT result FROM job_steps").fetchall()
+    assert step["result"] == {"periods": 1, "seconds": 3600, "samples": 1, "coverage": 0.030303}
 
 
 def test_a_later_sample_may_stand_for_an_earlier_begin(conn, ask, dsn, monkeypatch):
