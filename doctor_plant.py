@@ -130,6 +130,7 @@ SELECT m.name, f.name, f.id, f.sample_interval::text,
           FROM (SELECT v.timestamp
                   FROM feature_values v
                  WHERE v.object_id = o.id AND v.feature_id = f.id
+                   AND pg_catalog.isfinite(v.timestamp)
                  ORDER BY v.timestamp DESC
                  LIMIT 100) AS latest) AS s
  WHERE s.previous IS NOT NULL
