@@ -61,7 +61,8 @@ SELECT id, name, object_model_id
 
 # All alarms of the models involved, not only those asked for: a cycle among the others matters.
 ALARMS_SQL = """
-SELECT a.object_model_id, a.manufacturer_id, a.id, a.non_overlapping_alarms, f.id
+SELECT a.object_model_id, a.manufacturer_id, a.id,
+       ARRAY(SELECT n FROM pg_catalog.unnest(a.non_overlapping_alarms) AS n), f.id
   FROM alarms a
   LEFT JOIN features f ON f.object_model_id = a.object_model_id
                       AND f.name = a.trigger->>'feature_name'::text
@@ -100,7 +101,8 @@ SELECT name, ARRAY(SELECT name FROM features WHERE object_model_id = m.id ORDER 
 """
 
 OTHERS_SQL = """
-SELECT manufacturer_id, id, non_overlapping_alarms, trigger::text
+SELECT manufacturer_id, id, ARRAY(SELECT n FROM pg_catalog.unnest(non_overlapping_alarms) AS n),
+       trigger::text
   FROM alarms
  WHERE object_model_id = %(model_id)s
 """
@@ -300,8 +302,10 @@ class JobAlarmCalc(JobInstance):
 def shape(trigger: Mapping[str, Any]) -> dict[str, str]:
     """Return what the statements need of a trigger's min_duration and max_gap, as intervals."""
     min_duration, max_gap = trigger.get("min_duration", 0), trigger.get("max_gap", 0)
-    return {"min_duration": f"{min_duration:.6f} s", "max_gap": f"{max_gap:.6f} s",
-            "reach": f"{min_duration + 2 * max_gap:.6f} s"}
+    lengths = {"min_duration": min_duration, "max_gap": max_gap,
+               "reach": min_duration + 2 * max_gap}
+    return {name: f"{length // 3600:.0f} h {length % 3600:.6f} s"  # PostgreSQL 14 reads no more
+            for name, length in lengths.items()}                   # than 2**31 seconds
 
 
 def important_first(alarms: Mapping[int, Mapping[str, Any]], numbers: Iterable[int]) -> list[int]:
@@ -329,7 +333,15 @@ def read_trigger(text: str) -> tuple[Any, tuple[str, ...]]:
         trigger = json.loads(text)
     except (ValueError, RecursionError) as exc:  # a number or a depth beyond what Python reads
         return None, (f"$: {exc}",)
-    return trigger, tuple(schema_problems(trigger, TRIGGER_SCHEMA))
+    return trigger, tuple(shape_problems(trigger))
+
+
+def shape_problems(trigger: Any) -> list[str]:
+    """Return what TRIGGER_SCHEMA has against a trigger, with the keys there are if one is not."""
+    known = TRIGGER_SCHEMA["properties"]
+    unknown = isinstance(trigger, dict) and not trigger.keys() <= known.keys()
+    return schema_problems(trigger, TRIGGER_SCHEMA) + (
+        [f"$: the keys of a trigger are {', '.join(known)}"] if unknown else [])
 
 
 def is_calculated(trigger_text: str) -> bool:
@@ -350,4 +362,4 @@ def feature_problems(trigger: Any, features: list[str]) -> list[str]:
 
 def trigger_problems(trigger: Any, features: list[str]) -> list[str]:
     """Return what is wrong with a trigger of a model with these `features`; [] if usable."""
-    return schema_problems(trigger, TRIGGER_SCHEMA) + feature_problems(trigger, features)
+    return shape_problems(trigger) + feature_problems(trigger, features)

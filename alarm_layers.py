@@ -121,9 +121,15 @@ def replacing(layer: str) -> str:
 
 WINDOW = "pg_catalog.tstzmultirange(pg_catalog.tstzrange(%(start)s, %(end)s))"
 
+# What Python can read: a period may have been put in by hand as one that never ends.
+READABLE = """pg_catalog.tstzmultirange(pg_catalog.tstzrange(
+                       '0001-01-03Z'::timestamptz, '9999-12-30Z'::timestamptz))"""
+
 # The samples of the window. They are read from the index alone (primary key of feature_values),
 # in its order. Months and days differ in length, so the last sample that still reaches into the
-# window is looked up, no further than twice the interval behind it.
+# window is looked up, no further than twice the interval behind it. One before it may not reach so
+# far: a month before 29 March at 0:00 is 28 February at 0:00, a month before 28 March at 9:00 is
+# later.
 SAMPLES = """feature_values
      WHERE object_id = %(object_id)s
        AND feature_id = %(feature_id)s
@@ -136,7 +142,8 @@ SAMPLES = """feature_values
                    AND last.timestamp > %(end)s
                    AND last.timestamp < %(end)s::timestamptz + %(interval)s::interval
                                           + %(interval)s::interval
-                   AND last.timestamp - %(interval)s::interval < %(end)s), %(end)s)"""
+                   AND last.timestamp - %(interval)s::interval < %(end)s), %(end)s)
+       AND (timestamp <= %(end)s OR timestamp - %(interval)s::interval < %(end)s)"""
 
 
 def stood_for(ends: str) -> str:
@@ -206,7 +213,7 @@ joined AS MATERIALIZED (
 ), layer AS MATERIALIZED (
     SELECT pg_catalog.tstzmultirange(tstzrange(low, high)) AS span,
            CASE WHEN %(reach)s::interval > '0'
-                THEN {union("joined WHERE end_time - start_time >= %(min_duration)s::interval")}
+                THEN {union("joined WHERE end_time >= start_time + %(min_duration)s::interval")}
                 ELSE (SELECT periods FROM detected_new) END AS shaped,
            {IMPORTANT} AS important,
            {union("history_old")} AS before
@@ -217,8 +224,9 @@ joined AS MATERIALIZED (
       FROM layer
 ), {replacing("history")}, differs AS MATERIALIZED (
     SELECT pg_catalog.lower(d) AS low, pg_catalog.upper(d) AS high
-      FROM (SELECT (periods OPERATOR(pg_catalog.-) before)
-                   OPERATOR(pg_catalog.+) (before OPERATOR(pg_catalog.-) periods) AS d
+      FROM (SELECT ((periods OPERATOR(pg_catalog.-) before)
+                    OPERATOR(pg_catalog.+) (before OPERATOR(pg_catalog.-) periods))
+                   OPERATOR(pg_catalog.*) {READABLE} AS d
               FROM history_new) AS h
 )"""  # noqa: S608
 

@@ -19,7 +19,8 @@ Findings = Iterator[str]
 
 
 ALARMS_SQL = """
-SELECT m.name, a.manufacturer_id, a.id, a.trigger::text, a.non_overlapping_alarms,
+SELECT m.name, a.manufacturer_id, a.id, a.trigger::text,
+       ARRAY(SELECT n FROM pg_catalog.unnest(a.non_overlapping_alarms) AS n),
        ARRAY(SELECT f.name FROM features f WHERE f.object_model_id = m.id ORDER BY f.name)
   FROM alarms a
   JOIN object_models m ON m.id = a.object_model_id
@@ -50,7 +51,8 @@ def _definition(which: str, alarm: dict[str, Any], alarms: dict[int, Any]) -> Fi
     if unknown := [n for n in alarm["important"] if n not in alarms]:
         known = ",".join(str(n) for n in alarm["important"] if n in alarms)
         mend = f"SET non_overlapping_alarms = '{{{known}}}' WHERE id = {alarm['id']}"
-        yield (f"alarms: {which} gives way to {', '.join(map(str, unknown))}, which its model "
+        named = ", ".join("NULL" if n is None else str(n) for n in unknown)
+        yield (f"alarms: {which} gives way to {named}, which its model "
                f"does not have: UPDATE alarms {mend}")
 
 
@@ -128,6 +130,7 @@ SELECT m.name, f.name, f.id, f.sample_interval::text,
           FROM (SELECT v.timestamp
                   FROM feature_values v
                  WHERE v.object_id = o.id AND v.feature_id = f.id
+                   AND pg_catalog.isfinite(v.timestamp)
                  ORDER BY v.timestamp DESC
                  LIMIT 100) AS latest) AS s
  WHERE s.previous IS NOT NULL

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import graphlib
 import json
 import re
@@ -24,7 +25,8 @@ from plant_toml import (
     read_trigger,
 )
 
-NAME = {"type": "string", "minLength": 1}
+NO_NUL = "^[^\0]*$"  # which PostgreSQL cannot store
+NAME = {"type": "string", "minLength": 1, "pattern": NO_NUL}
 #: JSON Schema of the file; what it cannot say is checked in _Check
 SCHEMA = {
     "type": "object",
@@ -45,7 +47,7 @@ SCHEMA = {
                     "required": ["trigger"],
                     "additionalProperties": False,
                     "properties": {
-                        "name": {"type": "string"},
+                        "name": {"type": "string", "pattern": NO_NUL},
                         "trigger": {"type": ["string", "object"]},
                         "gives_way_to": {"type": "array", "items": {"type": "integer"}}}}},
             }}},
@@ -88,11 +90,12 @@ def places(text: str) -> Iterator[tuple[Path_, int, bool]]:
     """Yield (path, line, is it a header?) of a TOML text's keys, for tomllib tells no lines."""
     header: Path_ = ()
     for number, line in enumerate(text.split("\n"), 1):
-        if found := HEADER_LINE.fullmatch(line.rstrip()):
-            header = _keys(found[1])
-            yield header, number, True
-        elif found := KEY_LINE.fullmatch(line.rstrip()):
-            yield header + _keys(found[1]), number, False
+        with contextlib.suppress(tomllib.TOMLDecodeError):  # it will say so itself
+            if found := HEADER_LINE.fullmatch(line.rstrip()):
+                header = _keys(found[1])
+                yield header, number, True
+            elif found := KEY_LINE.fullmatch(line.rstrip()):
+                yield header + _keys(found[1]), number, False
 
 
 def _keys(text: str) -> Path_:
@@ -132,26 +135,39 @@ class _Check:
 
     def _parse(self, text: str) -> dict[str, Any] | None:
         """Return the document, without keys that come a second time; None if it is no TOML."""
+        for path, number, _ in places(text):
+            self._places.setdefault(path, number)
+        try:
+            return tomllib.loads(text)
+        except tomllib.TOMLDecodeError as exc:
+            return self._parse_once_each(text, exc)
+        except (ValueError, RecursionError) as exc:  # a number or a depth beyond what Python reads
+            self.problems.append((1, f"cannot be read: {exc}"))
+            return None
+
+    def _parse_once_each(self, text: str, error: ValueError) -> dict[str, Any] | None:
+        """Return the document without the keys that come a second time, which are problems."""
         lines = text.split("\n")
         for path, number, is_header in places(text):
-            if path in self._places:
+            if self._places[path] != number:
                 self.problems.append((number, f"{'.'.join(path)} stands here for the second time; "
                                               f"first in line {self._places[path]}"))
                 lines[number - 1] = lines[number - 1] if is_header else ""
-            self._places.setdefault(path, number)
-        try:
-            return tomllib.loads("\n".join(lines))
-        except tomllib.TOMLDecodeError as exc:
-            found = re.search(r"line (\d+)", str(exc))
-            if not self.problems:
-                self.problems.append((int(found[1]) if found else len(lines), f"not TOML: {exc}"))
-            return None
+        with contextlib.suppress(ValueError, RecursionError):
+            if self.problems:
+                return tomllib.loads("\n".join(lines))
+        if not self.problems:
+            found = re.search(r"line (\d+)", str(error))
+            self.problems.append((int(found[1]) if found else len(lines), f"not TOML: {error}"))
+        return None
 
     def _schema(self, document: dict[str, Any]) -> None:
         from jsonschema import Draft202012Validator
         for error in Draft202012Validator(SCHEMA).iter_errors(document):
             path = tuple(map(str, error.absolute_path))
             where = ".".join(path) or "the file"
+            if "propertyNames" in error.absolute_schema_path:
+                path = *path, error.instance
             if error.validator == "additionalProperties":
                 for key in set(error.instance) - set(error.schema["properties"]):
                     self._problem((*path, key), f"{where}: unknown key {key!r}; known are "
@@ -208,9 +224,12 @@ class _Check:
             for problem in trigger_problems(trigger, features):
                 self._problem(path, f"alarm {number}: trigger{problem.removeprefix('$')}")
         try:
-            json.dumps(trigger, allow_nan=False)
+            text = json.dumps(trigger, allow_nan=False)
         except (TypeError, ValueError) as exc:
             self._problem(path, f"alarm {number}: trigger: no JSON can say it: {exc}")
+        else:
+            if "\\u0000" in text.replace("\\\\", ""):
+                self._problem(path, f"alarm {number}: trigger: PostgreSQL cannot store \\u0000")
         return trigger
 
     def _objects(self, text: str, one: dict[str, Any]) -> None:

@@ -41,7 +41,9 @@ SELECT m.name, f.name, f.unit,
 """
 
 ALARMS_SQL = """
-SELECT m.name, a.manufacturer_id, a.name, a.trigger, a.non_overlapping_alarms
+SELECT m.name, a.manufacturer_id, a.name, a.trigger,
+       ARRAY(SELECT n FROM pg_catalog.unnest(a.non_overlapping_alarms) AS n
+              WHERE n IS NOT NULL)
   FROM alarms a
   JOIN object_models m ON m.id = a.object_model_id
  ORDER BY m.name, a.manufacturer_id
@@ -163,14 +165,16 @@ ORPHANS_SQL = {
     "objects": """
 SELECT 'object ' || o.name, o.id,
        (SELECT count(*) FROM feature_values v WHERE v.object_id = o.id) AS samples,
-       (SELECT count(*) FROM alarms_history h WHERE h.object_id = o.id) AS periods
+       GREATEST((SELECT count(*) FROM alarms_history h WHERE h.object_id = o.id),
+                (SELECT count(*) FROM alarms_detected d WHERE d.object_id = o.id)) AS periods
   FROM jsonb_to_recordset(%(rows)s::jsonb) AS r(name text)
   JOIN objects o ON o.name = r.name
  ORDER BY o.name
 """,
     "alarms": """
 SELECT 'alarm ' || m.name || ' / ' || a.manufacturer_id::text, a.id, 0 AS samples,
-       (SELECT count(*) FROM alarms_history h WHERE h.alarm_id = a.id) AS periods
+       GREATEST((SELECT count(*) FROM alarms_history h WHERE h.alarm_id = a.id),
+                (SELECT count(*) FROM alarms_detected d WHERE d.alarm_id = a.id)) AS periods
   FROM jsonb_to_recordset(%(rows)s::jsonb) AS r(model text, number int)
   JOIN object_models m ON m.name = r.model
   JOIN alarms a        ON a.object_model_id = m.id AND a.manufacturer_id = r.number

@@ -27,10 +27,12 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 from csv_times import HOUR, SECOND, Interval
 
+NUMBER = r"-?\d+(?:\.\d+)?"
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}", re.ASCII)
 MOST_OBJECTS = 100_000
 SHORT_TRIGGER = re.compile(
@@ -96,11 +98,14 @@ def expand(text: str) -> list[str]:
 
 def parse_interval(text: str) -> Interval:
     """Return what '10 minutes' or '1 hour 30 minutes' is. Raise `ValueError` if it is nothing."""
-    found = re.findall(r"(\d+) *([a-z]+?)s?(?: +|$)", text)
+    found = re.findall(rf"({NUMBER}) *([a-z]+?)s?(?: +|$)", text)
     known = all(unit in UNITS for _, unit in found)
-    if not re.fullmatch(r"(\d+ *[a-z]+(?: +|$))+", text) or not known:
+    if not re.fullmatch(rf"({NUMBER} *[a-z]+(?: +|$))+", text, re.ASCII) or not known:
         raise ValueError(f"{text!r} is no length of time; write '10 minutes', '1 hour', '1 day'")
-    interval = Interval(*(sum(int(n) * UNITS[unit][i] for n, unit in found) for i in range(3)))
+    parts = [sum(Fraction(n) * UNITS[unit][i] for n, unit in found) for i in range(3)]
+    if any(part.denominator > 1 for part in parts):
+        raise ValueError(f"{text!r}: write whole months, days and microseconds")
+    interval = Interval(*map(int, parts))
     if not 0 < interval.longest() < 100 * 366 * 24 * HOUR:
         raise ValueError(f"{text!r} is not more than 0 and less than 100 years")
     return interval
@@ -108,9 +113,8 @@ def parse_interval(text: str) -> Interval:
 
 def write_interval(interval: Interval) -> str:
     """Return the interval so that parse_interval reads it, e.g. '1 hour 30 minutes'."""
-    if interval.microseconds % SECOND:
-        raise ValueError(f"the interval {interval} is no whole number of seconds")
-    minutes, seconds = divmod(interval.microseconds // SECOND, 60)
+    minutes, rest = divmod(interval.microseconds, 60 * SECOND)
+    seconds = rest // SECOND if rest % SECOND == 0 else f"{rest / SECOND:.6f}".rstrip("0")
     parts = {"month": interval.months, "day": interval.days, "hour": minutes // 60,
              "minute": minutes % 60, "second": seconds}
     return " ".join(f"{n} {unit}{'s' * (n != 1)}" for unit, n in parts.items() if n)
@@ -134,13 +138,11 @@ def read_trigger(text: str) -> dict[str, Any] | None:
 
 def write_trigger(trigger: Any) -> Any:
     """Return a threshold as 'wind_speed > 19' if that says all of it, else the trigger itself."""
-    sign = next((s for s, kind in THRESHOLDS.items() if isinstance(trigger, dict)
-                 and trigger.get("threshold_type") == kind), "")
-    if sign and trigger.keys() == {"trigger_type", "threshold_type", "feature_name",
-                                   "threshold_value"}:
-        text = f"{trigger['feature_name']} {sign} {trigger['threshold_value']}"
-        if is_threshold(trigger) and SHORT_TRIGGER.fullmatch(text):
-            return text
+    for sign, kind in THRESHOLDS.items():
+        if isinstance(trigger, dict) and trigger.get("threshold_type") == kind:
+            text = f"{trigger.get('feature_name')} {sign} {trigger.get('threshold_value')}"
+            if read_trigger(text) == trigger:
+                return text
     return trigger
 
 
@@ -155,7 +157,7 @@ def write(plant: Plant) -> str:
         lines += [f"{toml_key(k)} = {toml(feature_table(f))}" for k, f in features.items()]
         alarms = {k[1]: a for k, a in sorted(plant.alarms.items()) if k[0] == name}
         lines += ["", f"[{head}.alarms]"] if alarms else []
-        lines += [f"{number} = {toml(alarm_table(a))}" for number, a in alarms.items()]
+        lines += [alarm_line(name, number, a) for number, a in alarms.items()]
     lines += ["", "[objects]"]
     lines += [f"{toml_key(name)} = " + toml({k: v for k, v in vars(one).items() if v is not None})
               for name, one in sorted(plant.objects.items())]
@@ -166,6 +168,13 @@ def feature_table(feature: Feature) -> dict[str, Any]:
     table = {"unit": feature.unit} if feature.unit else {}
     return table | ({} if feature.interval == TEN_MINUTES
                     else {"interval": write_interval(feature.interval)})
+
+
+def alarm_line(model: str, number: int, alarm: Alarm) -> str:
+    try:
+        return f"{number} = {toml(alarm_table(alarm))}"
+    except (ValueError, RecursionError) as exc:
+        raise ValueError(f"alarm {number} of model {model!r}: {exc}") from None
 
 
 def alarm_table(alarm: Alarm) -> dict[str, Any]:

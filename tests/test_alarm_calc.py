@@ -266,6 +266,7 @@ def test_a_circle_of_important_alarms_is_named(conn, calculate):
 @pytest.mark.parametrize(("rule", "problem"), [
     ({}, "$: 'threshold_value' is a required property"),
     (trigger() | {"hysteresis": 2}, "'hysteresis' was unexpected"),
+    (trigger() | {"Threshold_value": 2}, "$: the keys of a trigger are trigger_type, threshold_t"),
     (trigger(min_duration="60"), "$.min_duration: '60' is not of type 'number'"),
     (trigger(max_gap=-1), "$.max_gap: -1 is less than the minimum of 0"),
     ([], "$: [] is not of type 'object'"),

@@ -1,7 +1,8 @@
 """Two layers: the history follows from what was detected, whoever calculates what and when."""
 
 import contextlib
-from datetime import datetime, timedelta
+import itertools
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import alarm_chaos
@@ -80,6 +81,19 @@ def test_an_alarm_that_is_not_calculated_here_is_used_and_left_alone(conn, calcu
     assert history(conn, 113) == [("LAN-01", 113, at(20), at(40))]
 
 
+@pytest.mark.parametrize("numbers", ["{111,NULL}", "{{111,999},{NULL,998}}", "[5:6]={111,111}"])
+def test_a_list_of_any_shape_is_the_numbers_in_it(conn, calculate, numbers):
+    """What an int[] may hold, written by hand."""
+    make_park(conn, alarms={112: (trigger(), []), 111: (trigger(value=20), [])})
+    conn.execute("UPDATE alarms SET non_overlapping_alarms = %s WHERE manufacturer_id = 112",
+                 [numbers])
+    add_samples(conn, every_ten_minutes([15, 25]))
+    assert calculate(alarms=[112, 111]) == []
+    conn.execute("UPDATE feature_values SET value = 15")
+    assert calculate(alarms=[111]) == []
+    assert history(conn) == [("LAN-01", 112, at(0), at(20))]
+
+
 def test_history_of_which_nothing_is_detected_is_settled_as_well(conn, calculate):
     """As after a trigger that was the manufacturer's has become a threshold."""
     make_park(conn, alarms={111: (trigger(value=20), []), 112: (trigger(), [111])})
@@ -120,6 +134,30 @@ def test_joined_first_then_measured_then_giving_way(conn, calculate):
     assert history(conn, 112) == [("LAN-01", 112, at(0), at(10)), ("LAN-01", 112, at(20), at(50))]
 
 
+@pytest.mark.parametrize(("low", "high"), [
+    ("-infinity", "infinity"), ("2026-03-01 00:05Z", "infinity"),
+    ("2026-03-01 00:05Z", "20000-01-01"), ("4000-01-01 BC", "2026-03-01 00:05Z")])
+@pytest.mark.parametrize("shape", [{}, {"max_gap": 60, "min_duration": 60}])
+def test_a_period_without_an_end_goes_on_behind_the_window(conn, calculate, shape, low, high):
+    """As by hand while an alarm still stands; an upgrade takes it for detected, too."""
+    make_park(conn, alarms={111: (trigger(value=20, **shape), []), 112: (trigger(**shape), [111])})
+    add_samples(conn, every_ten_minutes([9, 15, 25, 15]))
+    for table, number in itertools.product(["alarms_detected", "alarms_history"], [1, 2]):
+        conn.execute(f"INSERT INTO {table} (object_id, alarm_id, start_time, end_time) "
+                     "VALUES (1, %s, %s, %s)", [number, low, high])
+    assert calculate(alarms=[111, 112]) == []
+    conn.execute("DELETE FROM alarms_history WHERE start_time < '1000-01-01' "
+                 "OR end_time > '9000-01-01'")
+    assert history(conn) == [("LAN-01", 111, at(20), at(30)), ("LAN-01", 112, at(10), at(20)),
+                             ("LAN-01", 112, at(30), at(40))]
+
+
+def test_the_longest_lengths_are_read_by_every_postgresql(conn, calculate):
+    make_park(conn, alarms={111: (trigger(max_gap=1e9, min_duration=1e9), [])})
+    add_samples(conn, every_ten_minutes([15, 25, 15]))
+    assert calculate() == []
+
+
 @pytest.mark.parametrize(("zone", "interval", "stamp", "begin", "cut"), [
     ("UTC", "1 month", "2026-03-31 00:00Z", "2026-02-28 00:00Z", "2026-02-28 12:00Z"),
     ("UTC", "1 month", "2026-03-29 00:00Z", "2026-02-28 00:00Z", "2026-02-28 12:00Z"),
@@ -141,6 +179,18 @@ def test_months_and_days_are_the_same_under_any_cut(conn, ask, dsn, monkeypatch,
     assert history(conn) == [("LAN-01", 111, begin, stamp)]
     results = conn.execute("SELECT result FROM job_steps").fetchall()
     assert [row["result"]["samples"] for row in results] == [1, 1]
+
+
+def test_a_sample_that_begins_at_the_end_does_not_count_before_one_that_reaches_in(conn,
+                                                                                   calculate):
+    """A month before 29 March is 28 February, and so is a month before 28 March."""
+    make_park(conn)
+    conn.execute("UPDATE features SET sample_interval = '1 month'")
+    add_samples(conn, {datetime(2026, 3, 28, 9, tzinfo=UTC): 11,
+                       datetime(2026, 3, 29, 8, tzinfo=UTC): 11})
+    assert calculate(datetime(2026, 2, 27), datetime(2026, 2, 28, 9)) == []
+    (step,) = conn.execute("SELECT result FROM job_steps").fetchall()
+    assert step["result"] == {"periods": 1, "seconds": 3600, "samples": 1, "coverage": 0.030303}
 
 
 def test_a_later_sample_may_stand_for_an_earlier_begin(conn, ask, dsn, monkeypatch):

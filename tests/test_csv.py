@@ -1,5 +1,6 @@
 """CSV files as SCADA systems and loggers write them: what is understood, what is asked."""
 
+import gzip
 from datetime import UTC, datetime
 from zoneinfo import ZoneInfo
 
@@ -146,6 +147,9 @@ def test_the_object_stands_in_the_files_name(read, name):
 AMBIGUOUS = "time,wind_speed\n03/04/2026 00:10,5.5\n"
 
 
+PLAIN = "time,wind_speed\n2026-03-13 00:10,5.5\n2026-03-13 00:20,6\n"
+
+
 @pytest.mark.parametrize(("text", "settings", "asked"), [
     pytest.param(AMBIGUOUS, {}, "'03/04/2026 00:10' day first or month first? No date in the file "
                  "tells: --time-format DMY or MDY", id="day or month"),
@@ -178,12 +182,36 @@ AMBIGUOUS = "time,wind_speed\n03/04/2026 00:10,5.5\n"
                  "two columns are the feature 'wind_speed'", id="a feature twice"),
     pytest.param("time,wind_speed\n2026-03-13 00:10,5\n", {"encoding": "utf-9"}, "utf-9",
                  id="unknown encoding"),
+    pytest.param(PLAIN, {"encoding": "base64"}, "--encoding says another", id="no text encoding"),
+    pytest.param(PLAIN, {"encoding": "utf-16"}, "--encoding says another", id="wrong encoding"),
+    pytest.param(PLAIN, {"time_format": "%Y-%m-%d %Y"}, "'%Y-%m-%d %Y': no pattern of a time: ",
+                 id="a pattern with a part twice"),
+    pytest.param(PLAIN, {"time_format": "%Q"}, "'%Q': no pattern of a time: ", id="no pattern"),
+    pytest.param("time,wind_speed,wind_speed\n2026-03-13 00:10,5.5,6\n", {},
+                 "with --header 0 columns go by number, --column 2=wind_speed", id="a head twice"),
     pytest.param("", {}, "no row", id="empty"),
+    pytest.param("time,wind_speed\n", {}, "no sample in it, only the row 'time', 'wind_speed'",
+                 id="only a header"),
+    pytest.param("wind_speed\n5\n6\n", {}, "one column only", id="one column"),
+    pytest.param(gzip.compress(PLAIN.encode()), {}, "gunzip it first", id="gzip"),
+    pytest.param(b"PK\3\4" + bytes(99), {}, "save or unpack it as CSV first", id="Excel"),
 ])
 def test_what_nobody_can_tell_is_asked(problems, text, settings, asked):
     found = problems(text, **settings)
     assert len(found) == 1
     assert asked in found[0]
+
+
+def test_of_a_head_that_stands_twice_one_column_is_taken(read):
+    found, _ = read("time,wind_speed,wind_speed\n2026-03-13 00:10,5.5,6\n",
+                    header=0, columns={"2": "wind_speed"})
+    assert found == {WIND: {FIRST: 5.5}}
+
+
+def test_zeros_of_a_logger_that_lost_power_are_a_line(read):
+    found, one = read(PLAIN + "\0" * 500 + "\n2026-03-13 00:30,7\n")
+    assert found[WIND] == {FIRST: 5.5, SECOND_TIME: 6.0, utc(2026, 3, 13, 0, 30): 7.0}
+    assert one.refused.shown == [(4, "1 columns instead of 2")]
 
 
 def test_a_given_object_and_another_in_the_file_do_not_go_together(read, problems):

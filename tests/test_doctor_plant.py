@@ -57,6 +57,23 @@ def test_numbers_that_no_alarm_has(conn):
     assert conn.execute(lists).fetchone() == {"a": [111]}
 
 
+def test_samples_at_infinity_have_no_interval(conn):
+    """PostgreSQL subtracts them from 17 on only."""
+    make_park(conn)
+    add_samples(conn, samples_every(10))
+    conn.execute("INSERT INTO feature_values VALUES (1, 1, 'infinity', 1), (1, 1, '-infinity', 1)")
+    assert findings(conn) == []
+
+
+def test_a_list_of_any_shape_is_the_numbers_in_it(conn):
+    make_park(conn, alarms=GOOD | {114: (trigger(), [])})
+    conn.execute("UPDATE alarms SET non_overlapping_alarms = '{{111,7},{8,NULL}}' WHERE id = 4")
+    (finding,) = findings(conn)
+    assert "alarm 114 of model 'G97' gives way to 7, 8, NULL, which its model does" in finding
+    mend(conn, finding)
+    assert findings(conn) == []
+
+
 def test_a_circle(conn):
     make_park(conn, alarms={111: (trigger(), [112]), 112: (trigger(), [111])})
     (finding,) = findings(conn)

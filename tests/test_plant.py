@@ -128,6 +128,10 @@ THRESHOLD = 'trigger_type = "threshold", threshold_type = "high", feature_name =
                  "alarm 111: trigger: no JSON can say it", id="nan"),
     pytest.param("code = [7, 8]", "code = 2026-03-01", "alarm 114: trigger: no JSON can say it",
                  id="a date in a trigger"),
+    pytest.param("code = [7, 8]", r'code = "\\\u0000"', "alarm 114: trigger: PostgreSQL cannot "
+                 r"store \u0000", id="NUL in a trigger"),
+    pytest.param("LAN-51 =", r'"LAN-51\u0000" =', "does not match", id="NUL in a name"),
+    pytest.param("LAN-51 =", r'"LAN\51" =', "not TOML: Unescaped", id="a name with a backslash"),
     pytest.param('name = "storm"', 'nane = "storm"', "models.SG 3.4.alarms.111: unknown key "
                  "'nane'; known are name, trigger, gives_way_to", id="unknown key"),
     pytest.param('name = "storm"', "name = 7", "models.SG 3.4.alarms.111.name: 7 is not of type "
@@ -169,6 +173,21 @@ def test_a_mistake_is_named_with_its_place(run, old, new, said):
     places = [problem for problem in error.splitlines() if said in problem]
     assert places, error
     assert {tuple(place.split(":")[:2]) for place in places} == {("park.toml", str(line))}
+
+
+@pytest.mark.parametrize("value", ["[" * 3000 + "]" * 3000, "1" + "0" * 5000])
+def test_what_python_cannot_read_is_said_of_the_file(run, value):
+    status, _, error = run("check", f"a = {value}")
+    assert status == 1
+    assert error.startswith("park.toml:1: cannot be read: ")
+
+
+@pytest.mark.parametrize("text", ['[[objects]]\nname = "A"\n[[objects]]\nname = "B"\n',
+                                  '[models.G97]\ntype = """\na = 1\na = 2"""\nx = 1\n'])
+def test_a_key_that_stands_again_elsewhere_is_none_that_stands_twice(run, text):
+    error = run("check", text)[2]
+    assert "is not of type 'object'" in error or "unknown key 'x'" in error
+    assert "second time" not in error
 
 
 def test_everything_wrong_is_said_at_once_in_the_order_of_the_file(run):
@@ -262,6 +281,7 @@ def test_what_the_file_has_not_stays_unless_it_is_to_be_removed(run, conn):
     assert run("apply", SMALL, "--remove")[1] == "nothing to do\n"
 
 
+@pytest.mark.parametrize("table", ["alarms_history", "alarms_detected"])  # or hidden by another
 @pytest.mark.parametrize(("samples", "text", "said"), [
     (("LAN-51", "wind_speed"), SMALL, "object LAN-51: 2 samples, 1 alarm periods"),
     (("LAN-01", "energy"), SMALL, "feature SG 3.4 / energy: 2 samples, 0 alarm periods"),
@@ -269,7 +289,8 @@ def test_what_the_file_has_not_stays_unless_it_is_to_be_removed(run, conn):
     (("M1", "wind_speed"), changed('2}" = { model = "mast"', '2}" = { model = "SG 3.4"'),
      "object M1: 2 samples, 1 alarm periods"),
 ])
-def test_nothing_is_removed_that_samples_or_history_belong_to(run, conn, samples, text, said):
+def test_nothing_is_removed_that_samples_or_history_belong_to(run, conn, samples, text, said,
+                                                              table):
     run("apply")
     object_name, feature = samples
     if feature:
@@ -278,7 +299,7 @@ def test_nothing_is_removed_that_samples_or_history_belong_to(run, conn, samples
             "WHERE o.name = %s AND f.name = %s", samples).fetchall()
         add_samples(conn, {MIDNIGHT: 1.0, LATER: None}, object_name, found["id"])
     if feature != "energy":
-        conn.execute("INSERT INTO alarms_history (object_id, alarm_id, start_time, end_time) "
+        conn.execute(f"INSERT INTO {table} (object_id, alarm_id, start_time, end_time) "
                      "SELECT o.id, a.id, %s, %s FROM objects o, alarms a "
                      "WHERE o.name = %s AND a.manufacturer_id = 113",
                      [MIDNIGHT, LATER, object_name])
@@ -360,4 +381,27 @@ def test_what_toml_cannot_say_is_not_exported(run, conn):
                  [jobs.Jsonb({"trigger_type": "x", "code": None})])
     status, told, error = run("export")
     assert (status, told) == (1, "")
-    assert "null" in error
+    assert "alarm 114 of model 'SG 3.4': a trigger holds null" in error
+
+
+@pytest.mark.parametrize("change", [
+    "UPDATE features SET sample_interval = '0.5 s'",
+    "UPDATE features SET sample_interval = '-61.000001 s 1 h'",
+    "UPDATE features SET sample_interval = '1 month -1 day'",
+    "UPDATE features SET sample_interval = '1 day -02:00'",
+    "UPDATE alarms SET non_overlapping_alarms = '{{111},{NULL}}' WHERE manufacturer_id = 113",
+])
+def test_what_was_written_by_hand_is_exported_and_changed_back(run, conn, change):
+    run("apply")
+    conn.execute(change)
+    text = run("export")[1]
+    assert run("apply", text)[:2] == (0, "nothing to do\n")
+    assert run("apply")[0] == 0
+    assert run("apply") == (0, "nothing to do\n", "")
+
+
+def test_a_threshold_that_is_no_number_is_not_exported_as_one(run, conn):
+    run("apply")
+    conn.execute("""UPDATE alarms SET trigger = trigger || '{"threshold_value": "40"}'
+                     WHERE manufacturer_id = 112""")
+    assert "threshold_value: '40' is not of type 'number'" in run("check", run("export")[1])[2]

@@ -19,6 +19,7 @@ import control
 import perfdb
 import samples
 from csv_samples import Piece, Signal
+from jobs import Jsonb
 from samples_store import Store
 
 ROOT = Path(__file__).parents[1]
@@ -76,6 +77,38 @@ def test_samples_come_in_and_the_same_file_again_touches_nothing(load, conn):
     assert load(ten_minutes([5, 6, 7])) == (
         0, "LAN-01.csv: 3 samples: 0 new, 0 changed, 3 as they stood\n", "")
     assert versions(conn) == before
+
+
+def test_samples_and_jobs_beyond_the_calendar_are_passed_over(load, conn):
+    """As by hand: an open end in the samples, a job whose parameters were changed later."""
+    conn.execute("INSERT INTO feature_values VALUES (1, 1, 'infinity', 1), (1, 1, '20000-1-1', 1)")
+    for names in ([["LAN-01"]], None):
+        conn.execute("INSERT INTO job_instances (job_type_id, state, started, parameters) "
+                     "SELECT id, 'Running', now(), %s FROM job_types "
+                     "WHERE name = 'Alarm Calculation'",
+                     [Jsonb({"object_names": names, "start": "2026-03-01 00:00:00",
+                             "end": "2026-04-01 00:00:00"})])
+    assert load(ten_minutes([5]))[0::2] == (0, "")
+
+
+def test_a_pipe_is_refused(load, tmp_path):
+    os.mkfifo(tmp_path / "LAN-02.csv")
+    status, _, error = load([], given=(str(tmp_path / "LAN-02.csv"), *GIVEN))
+    assert status == 1
+    assert "LAN-02.csv: it can be read only once; write it to a file first" in error
+
+
+@pytest.mark.parametrize("text", [";;", "", '"', "\n"])
+def test_what_is_no_delimiter_is_wrong_usage(load, capsys, text):
+    with pytest.raises(SystemExit) as left:
+        load(ten_minutes([5]), "--delimiter", text)
+    assert left.value.code == 2
+    assert "write one sign" in capsys.readouterr().err
+
+
+def test_a_tab_may_be_written_as_a_backslash_and_t(load):
+    rows = [row.replace(",", "\t") for row in ten_minutes([5])]
+    assert load(rows, "--delimiter", "\\t", head="time\twind_speed")[0] == 0
 
 
 def test_only_what_differs_is_written(load, conn):
@@ -159,6 +192,9 @@ def test_a_malformed_layout_is_refused(load, tmp_path):
     assert "'stamp' was unexpected" in error
     assert "$.decimal: ';' is not one of" in error
     assert "known: encoding, delimiter" in error
+    (tmp_path / "park.toml").write_text("a = " + "[" * 3000)
+    status, _, error = load([], given=("--layout", str(tmp_path / "park.toml")))
+    assert (status, "park.toml: maximum recursion" in error) == (1, True)
 
 
 def test_a_dry_run_tells_and_writes_nothing(load, conn):
