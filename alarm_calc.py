@@ -263,8 +263,8 @@ class JobAlarmCalc(JobInstance):
             "threshold": float(trigger["threshold_value"])}
         found = Found(*CALCULATE[trigger["threshold_type"]].run(self.connection, values))
         if found.coverage is None:
-            (coverage,) = COVERAGE.run(self.connection, values)
-            found = replace(found, coverage=coverage)
+            samples, coverage = COVERAGE.run(self.connection, values)
+            found = replace(found, samples=samples, coverage=coverage)
         if found.stood and not found.samples and self.parameters.get("no_samples") != "clear":
             raise JobStepError(
                 f"No sample of {trigger['feature_name']!r} in the window has a value, but "

@@ -127,9 +127,7 @@ READABLE = """pg_catalog.tstzmultirange(pg_catalog.tstzrange(
 
 # The samples of the window. They are read from the index alone (primary key of feature_values),
 # in its order. Months and days differ in length, so the last sample that still reaches into the
-# window is looked up, no further than twice the interval behind it. One before it may not reach so
-# far: a month before 29 March at 0:00 is 28 February at 0:00, a month before 28 March at 9:00 is
-# later.
+# window is looked up, no further than twice the interval behind it.
 SAMPLES = """feature_values
      WHERE object_id = %(object_id)s
        AND feature_id = %(feature_id)s
@@ -142,8 +140,7 @@ SAMPLES = """feature_values
                    AND last.timestamp > %(end)s
                    AND last.timestamp < %(end)s::timestamptz + %(interval)s::interval
                                           + %(interval)s::interval
-                   AND last.timestamp - %(interval)s::interval < %(end)s), %(end)s)
-       AND (timestamp <= %(end)s OR timestamp - %(interval)s::interval < %(end)s)"""
+                   AND last.timestamp - %(interval)s::interval < %(end)s), %(end)s)"""
 
 
 def stood_for(ends: str) -> str:
@@ -308,16 +305,22 @@ SELECT samples,
 
 CALCULATE_SQL = {"high": calculating(">"), "low": calculating("<")}
 
-# The share of the window that its samples with a value cover, where they are not on its grid.
+# How many samples with a value count in the window and the share of it that they cover, where they
+# are not on its grid. One before the last that reaches in may not: a month before 29 March at 8:00
+# is 28 February at 8:00, a month before 28 March at 9:00 is later.
 COVERAGE_SQL = f"""
 WITH sample AS MATERIALIZED (
-    SELECT pg_catalog.array_agg(timestamp ORDER BY timestamp) AS ends
+    SELECT count(*) AS samples, pg_catalog.array_agg(timestamp ORDER BY timestamp) AS ends
       FROM {SAMPLES}
+       AND (timestamp <= %(end)s OR timestamp - %(interval)s::interval < %(end)s)
        AND value < 'NaN'
 )
-SELECT COALESCE(round(extract(epoch FROM sum(pg_catalog.upper(p) - pg_catalog.lower(p)))
-                      / extract(epoch FROM %(end)s::timestamptz - %(start)s), 6), 0)::float8
-  FROM sample, pg_catalog.unnest({stood_for("ends")} OPERATOR(pg_catalog.*) {WINDOW}) AS p
+SELECT samples, COALESCE((
+           SELECT round(extract(epoch FROM sum(pg_catalog.upper(p) - pg_catalog.lower(p)))
+                        / extract(epoch FROM %(end)s::timestamptz - %(start)s), 6)
+             FROM pg_catalog.unnest({stood_for("ends")} OPERATOR(pg_catalog.*) {WINDOW}) AS p
+       ), 0)::float8
+  FROM sample
 """  # noqa: S608
 
 CALCULATE = {kind: Statement.of(sql) for kind, sql in CALCULATE_SQL.items()}
