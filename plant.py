@@ -26,7 +26,7 @@ import psycopg
 
 import plant_check
 from csv_times import Interval
-from perfdb import connect
+from perfdb import clean, connect
 from plant_tables import KINDS, TAKE_TURNS_SQL, Plan, compare, orphans, read_database, write_plan
 from plant_toml import Plant, write, write_interval, write_trigger
 
@@ -68,7 +68,7 @@ def apply(args: argparse.Namespace) -> int:
         problems = orphans(connection, plan, args.remove)
         if not problems and not args.dry_run:
             write_plan(connection, plan, args.remove)
-    lines = list(told(plan, args.remove))
+    lines = [clean(line) for line in told(plan, args.remove)]
     print(*lines or ["nothing to do"], sep="\n")  # not before: a closed pipe may stop us here
     if problems:
         refuse(problems)
@@ -182,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except psycopg.OperationalError as exc:
         return complain(f"cannot reach the database: {str(exc).strip()}", NO_DATABASE)
     except plant_check.PlantError as exc:
-        print(exc, file=sys.stderr)
+        print(clean(str(exc)), file=sys.stderr)
         return REFUSED
     except psycopg.errors.UniqueViolation as exc:  # the file has each name once: it is the id
         return complain(f"{str(exc).strip()}\n"
@@ -195,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def complain(message: str, status: int) -> int:
-    print(f"plant: {message}", file=sys.stderr)
+    print(f"plant: {clean(message)}", file=sys.stderr)
     return status
 
 

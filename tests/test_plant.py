@@ -400,6 +400,17 @@ def test_what_was_written_by_hand_is_exported_and_changed_back(run, conn, change
     assert run("apply") == (0, "nothing to do\n", "")
 
 
+@pytest.mark.parametrize(("old", "new"), [
+    ("LAN-51 =", r'"x\u001b[31m" ='), ("energy  ", r'"x\u001b[31m"'),
+    ('"by the controller"', r'"x\u001b[31m"')])
+def test_control_characters_are_shown_as_text(run, conn, old, new):
+    text = changed(old, new)
+    told = [*run("apply", text)[1:], *run("check", text.replace("ABCDEF", "x"))[1:],
+            *run("apply", "", "--remove")[1:]]
+    assert r"x\x1b[31m" in told[0]
+    assert "\x1b" not in "".join(told)
+
+
 def test_a_threshold_that_is_no_number_is_not_exported_as_one(run, conn):
     run("apply")
     conn.execute("""UPDATE alarms SET trigger = trigger || '{"threshold_value": "40"}'
