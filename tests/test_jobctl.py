@@ -348,6 +348,9 @@ A_JOB = ("INSERT INTO job_instances (job_type_id, description) "
     (["DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET TimeZone = %L', current_database(), "
       "'Asia/Tokyo'); END $$"],
      "zone: the database shows times in Asia/Tokyo, jobs mean UTC"),
+    (["DROP TABLE job_workers CASCADE"], "schema: table job_workers is missing: python jobctl.py"),
+    (["ALTER TABLE job_instances ENABLE REPLICA TRIGGER job_instances_created"],
+     "trigger job_instances.job_instances_created is not as in schema.sql: python jobctl.py init"),
 ])
 def test_doctor_finds(findings, conn, statements, text):
     assert text in findings(*statements)
