@@ -3,8 +3,11 @@
 import html.parser
 import os
 import re
+import subprocess
+import sys
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import pages
 import psycopg
@@ -14,6 +17,7 @@ import control
 import handler
 import report
 
+ROOT = Path(__file__).parents[1]
 VOID = {"meta", "link", "br"}
 JOBS_PARTS = ["Needs attention", "Schedules", "Running now", "Samples", "Steps over time",
               "Job types", "Database"]
@@ -264,13 +268,15 @@ SELECT 1, 'Running', repeat(%(long)s, 20), 77, now() FROM generate_series(1, 300
 INSERT INTO job_steps (job_instance_id, position, name, state, comment, started, finished)
 SELECT max(id), n, repeat(%(long)s, 10), 'Failed', repeat(%(long)s, 50), now(), now()
   FROM job_instances, generate_series(1, 1000) n GROUP BY n;
+INSERT INTO job_types (name) SELECT n || %(long)s FROM generate_series(1, 100) n;
 ANALYZE
 """
 
 
-def test_pages_stay_small_and_quick_whatever_is_in_the_database(full, page):
+@pytest.mark.parametrize("long", [pages.LONG, '"' * 300, "😀" * 300], ids=["N", "quote", "emoji"])
+def test_pages_stay_small_and_quick_whatever_is_in_the_database(full, page, long):
     with psycopg.ClientCursor(full) as cursor:
-        cursor.execute(CROWD_SQL, {"long": pages.LONG, "start": pages.START})
+        cursor.execute(CROWD_SQL, {"long": long, "start": pages.START})
     for args in (["jobs"], ["alarms", *WINDOW]):
         began = time.monotonic()
         source = page(*args).source
@@ -279,4 +285,11 @@ def test_pages_stay_small_and_quick_whatever_is_in_the_database(full, page):
         assert source.count("<rect") < 1500
         assert ("The first 200 of 303 objects" in source) == (args[0] == "alarms")
         assert ("The first 30 schedules" in source) == (args[0] == "jobs")
+        assert ("The first 60 types" in source) == (args[0] == "jobs")
         assert time.monotonic() - began < 5  # a page that is not bounded takes minutes
+
+
+def test_the_page_is_utf_8_wherever_it_is_written_to(full):
+    done = subprocess.run([sys.executable, ROOT / "report.py", "jobs"], capture_output=True,
+                          env=os.environ | {"PYTHONIOENCODING": "latin-1"}, check=True)
+    assert "N…" in done.stdout.decode()
