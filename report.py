@@ -57,9 +57,10 @@ class Parts:
                 return part(self.connection, *args)
         except psycopg.OperationalError:
             raise
-        except psycopg.Error as exc:
-            self.problems.append(f"{name}: {explain(exc)}")
-            return section(name, f"<p>This part cannot be shown: {escape(explain(exc))}</p>")
+        except Exception as exc:  # one odd row must not cost the whole page
+            said = explain(exc) if isinstance(exc, psycopg.Error) else f"{exc!r}"
+            self.problems.append(f"{name}: {said}")
+            return section(name, f"<p>This part cannot be shown: {escape(said)}</p>")
 
 
 def jobs_page(connection: psycopg.Connection, args: argparse.Namespace, parts: Parts) -> str:

@@ -35,6 +35,7 @@ HEAT_CELLS = 1000  # at some 80 bytes
 COLUMNS = 32       # of the heat map: a month, also one that begins at 23:00
 SIGNAL_DAYS = 7    # a longer window shows its signal around the longest period
 POINTS = 700       # of the signal
+LARGEST = 1e300    # and the smallest: beyond, a difference is infinite
 
 
 @dataclass(frozen=True)
@@ -315,7 +316,7 @@ def signal(connection: psycopg.Connection, scope: Scope) -> str:
     if not periods:
         return section(heading, "<p>No alarm stood in this window.</p>")
     first = periods[0]
-    if first["feature_id"] is None:
+    if first["feature_id"] is None or not isinstance(first["trigger"], dict):
         return section(heading, f"<p>{escape(first['object'])}, alarm {first['number']}: its "
                                 "trigger names no feature of the model: no signal to show.</p>")
     near = around(scope, first)
@@ -342,9 +343,10 @@ def around(scope: Scope, period: dict[str, Any]) -> Scope:
 def rule_text(alarm: dict[str, Any]) -> str:
     """Return the rule of the alarm in words."""
     trigger = alarm["trigger"]
-    side = {"high": "above", "low": "below"}.get(trigger.get("threshold_type"), "beyond")
+    side = {"high": "above", "low": "below"}.get(str(trigger.get("threshold_type")), "beyond")
     unit = f" {alarm['unit']}" if alarm["unit"] else ""
-    said = f"It stands while {alarm['feature']} is {side} {trigger.get('threshold_value')}{unit}"
+    said = f"It stands while {alarm['feature']} is {side} "
+    said += f"{shorten(str(trigger.get('threshold_value')), 40)}{unit}"
     if trigger.get("max_gap"):
         said += f", joined over gaps of up to {trigger['max_gap']} s"
     if trigger.get("min_duration"):
@@ -357,13 +359,15 @@ def rule_text(alarm: dict[str, Any]) -> str:
 def draw_signal(near: Scope, title: str, alarm: dict[str, Any], periods: list[dict[str, Any]],
                 samples: list[dict[str, Any]], height: int = 200) -> str:
     limit = alarm["trigger"].get("threshold_value")
-    limits = [limit] if isinstance(limit, int | float) else []
+    is_number = isinstance(limit, int | float) and not isinstance(limit, bool)
+    limits = [limit] if is_number and abs(limit) <= LARGEST else []
     values = [row[side] for row in samples for side in ("low", "high")] + limits
-    low, high = min(values, default=0), max(values, default=1)
+    low, high = max(min(values, default=0), -LARGEST), min(max(values, default=1), LARGEST)
     room = (high - low or abs(high) or 1) * 0.05
 
     def y(value: float) -> float:
-        return height * (high + room - value) / (high - low + 2 * room)
+        inside = min(max(value, low - room), high + room)
+        return height * (high + room - inside) / (high - low + 2 * room)
     shapes = day_lines(near, height)
     shapes += [period_rect(near, period, height) for period in periods
                if period["start_time"] < near.end and period["end_time"] > near.start]

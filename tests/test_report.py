@@ -293,3 +293,24 @@ def test_the_page_is_utf_8_wherever_it_is_written_to(full):
     done = subprocess.run([sys.executable, ROOT / "report.py", "jobs"], capture_output=True,
                           env=os.environ | {"PYTHONIOENCODING": "latin-1"}, check=True)
     assert "N…" in done.stdout.decode()
+
+
+@pytest.mark.parametrize(("rule", "value"), [
+    ('"threshold_value": 1e400', 1), (f'"x": {"9" * 5000}', 1),
+    ('"threshold_type": ["high"], "threshold_value": 20', 1), ('"threshold_value": 20', 1e308)])
+def test_an_odd_trigger_or_sample_is_drawn_as_far_as_it_goes(full, page, rule, value):
+    full.execute("UPDATE alarms SET trigger = %s::jsonb",
+                 [f'{{"feature_name": "wind_speed", {rule}}}'])
+    full.execute("UPDATE feature_values SET value = %s * CASE WHEN extract(hour FROM timestamp) "
+                 "> 11 THEN 1 ELSE -1 END", [value])
+    found = page("alarms", "--from", f"{pages.TODAY - timedelta(days=4):%F %T}",
+                 "--to", f"{pages.TODAY:%F %T}")
+    assert "cannot be shown" not in found.source
+    assert not re.search(r"\b(nan|inf)", re.sub("<style>.*</style>", "", found.source, flags=re.S))
+
+
+def test_a_part_that_goes_wrong_says_so_and_the_others_are_there_too(full, page, monkeypatch):
+    monkeypatch.setattr(report.report_jobs, "running", lambda _: 1 / 0)
+    parts = page("jobs", expect=1).parts
+    assert "cannot be shown: ZeroDivisionError" in parts["Running now"]
+    assert "Finished" in parts["Schedules"]
