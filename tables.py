@@ -17,7 +17,8 @@ from typing import Any
 
 from perfdb import CONTROL, clean
 
-LEAST_WIDTH = 24    # a column of text may be cut to this, not further
+LEAST_WIDTH = 24    # a column of text is cut to this, then what matters less gives way
+NARROWEST = 8       # and where nothing is left to give way, to this
 MOST_PADDING = 200  # nobody needs a column of a pipe filled up to the width of its longest text
 
 
@@ -65,7 +66,7 @@ def fit(columns: list[list[str]], width: int, give_way: Sequence[str],
             break
         columns = [column for column in columns if column[0] != name]
     share = sorted((c for c in columns if c[0] in cut), key=lambda c: max(map(len, c)))
-    left = max(room(columns), least(columns))
+    left = max(room(columns), NARROWEST * len(share))
     for n, column in enumerate(share):  # the narrow ones take less than their share
         size = min(max(map(len, column)), left // (len(share) - n))
         left -= size

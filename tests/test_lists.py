@@ -87,6 +87,14 @@ def test_a_narrow_terminal_keeps_what_matters(failed):
     assert re.match(r" +1 +Failed +2/3 +\S+ m?s +Alarms of all tur.*… +1 \(33", row), row
 
 
+def test_a_terminal_of_40_columns_still_has_the_comment(failed):
+    head, _, row = at_terminal(40, "list")
+    assert re.fullmatch(r" +id +state +age +desc\S+… +comment", head)
+    assert re.match(r" +1 +Failed +\S+ m?s +Alarms .*… +1 \(33", row), row
+    assert max(map(len, [head, row])) <= 40
+    assert max(map(len, at_terminal(40, "show", failed))) <= 40
+
+
 def test_a_wide_terminal_shows_all(failed):
     head, _, row = at_terminal(200, "list")
     assert "created (UTC)" in head
