@@ -158,11 +158,18 @@ def lane(scope: Scope, name: str, number: int, bars: list[dict[str, Any]]) -> st
     def tip(bar: dict[str, Any]) -> str:
         took = duration(elapsed(bar["began"], bar["ended"]).total_seconds())
         several = f"{bar['periods']} periods, " if bar["periods"] > 1 else ""
-        return (f"{short_name(name)} {number} {several}{bar['began']:%d %b %H:%M} to "
-                f"{bar['ended']:%d %b %H:%M} ({took})")
+        return f"{short_name(name)} {number} {several}{from_to(scope, bar)} ({took})"
     return line(f"{name} {number} {bars[0]['alarm']}", svg(title, [*day_lines(scope), *(
         rect("mark", scope.x(b["start_time"]), scope.x(b["end_time"]) - scope.x(b["start_time"]),
              tip(b)) for b in bars)]))
+
+
+def from_to(scope: Scope, period: dict[str, Any]) -> str:
+    """Return when a period began and ended, with the year where more than one comes into it."""
+    began, ended = period["began"], period["ended"]
+    is_one_year = scope.start.year == scope.end.year == began.year == ended.year
+    form = "%d %b %H:%M" if is_one_year else "%d %b %Y %H:%M"
+    return f"{began:{form}} to {ended:{form}}"
 
 
 def days_of(scope: Scope, most: int) -> list[datetime]:
@@ -176,11 +183,12 @@ def days_of(scope: Scope, most: int) -> list[datetime]:
 def day_marks(scope: Scope) -> str:
     """Return the names of the days, each as wide as its days are."""
     days = days_of(scope, 8)
+    rest = "%b" if days[0].year == days[-1].year else "%b %Y"
     ends = [*days[1:], scope.end]
     widths = " ".join(f"minmax(0,{elapsed(max(day, scope.start), end).total_seconds():.0f}fr)"
                       for day, end in zip(days, ends, strict=True))
     return (f'<div class="days dim" style="grid-template-columns:{widths}">'
-            + "".join(f'<span>{day:%d}<span class="wide"> {day:%b}</span></span>'
+            + "".join(f'<span>{day:%d}<span class="wide"> {day:{rest}}</span></span>'
                       for day in days) + "</div>")
 
 
@@ -383,8 +391,7 @@ def draw_signal(near: Scope, title: str, alarm: dict[str, Any], periods: list[di
 def period_rect(near: Scope, period: dict[str, Any], height: int) -> str:
     left, right = near.x(period["start_time"]), near.x(period["end_time"])
     return rect("shade" if period["is_own"] else "other", left, right - left,
-                f"alarm {period['number']} {period['began']:%d %b %H:%M} to "
-                f"{period['ended']:%d %b %H:%M}", 0, height)
+                f"alarm {period['number']} {from_to(near, period)}", 0, height)
 
 
 def signal_path(near: Scope, samples: list[dict[str, Any]], y: Callable[[float], float]) -> str:

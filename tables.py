@@ -117,6 +117,8 @@ def text(value: Any) -> str:
 
 def duration(seconds: float) -> str:
     """Return seconds as 12 ms, 3.4 s or 1:02:03."""
+    if seconds < 0:  # somebody has set a clock back
+        return f"-{duration(-seconds)}"
     if seconds < 60:
         return f"{1000 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
     minutes, left = divmod(round(seconds), 60)
@@ -181,7 +183,7 @@ def replace_file(path: str, content: str) -> None:
     if target.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
     try:
-        if not target.exists() or target.is_file():
+        if not os.path.exists(path) or target.is_file():
             _write_and_rename(target, content)
         else:
             Path(path).write_text(content, encoding="utf-8")

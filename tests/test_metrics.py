@@ -2,6 +2,8 @@
 
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -132,3 +134,9 @@ def test_a_device_is_written_to_and_a_link_stays_one(written, tmp_path):
 def test_a_file_that_cannot_be_written_is_named_as_it_was_given(conn, dsn, capsys, target, said):
     assert jobctl.main(["stats", "--prometheus", target]) == 1
     assert said in capsys.readouterr().err
+
+
+def test_standard_output_may_be_the_file(conn, dsn):
+    done = subprocess.run([sys.executable, ROOT / "jobctl.py", "stats", "--prometheus",
+                           "/dev/stdout"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("# HELP")

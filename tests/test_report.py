@@ -314,3 +314,12 @@ def test_a_part_that_goes_wrong_says_so_and_the_others_are_there_too(full, page,
     parts = page("jobs", expect=1).parts
     assert "cannot be shown: ZeroDivisionError" in parts["Running now"]
     assert "Finished" in parts["Schedules"]
+
+
+def test_a_window_over_years_says_which_year(full, page):
+    full.execute("INSERT INTO alarms_history (object_id, alarm_id, start_time, end_time) "
+                 "SELECT o.id, min(a.id), '2016-03-01', '2019-06-01' FROM objects o, alarms a "
+                 "WHERE o.name = 'LAN-01' GROUP BY o.id")
+    shown = page("alarms", "--from", "2015-01-01 00:00:00", "--to", "2025-01-01 00:00:00").source
+    assert "01 Mar 2016 00:00 to 01 Jun 2019 00:00 (28488:00:00)" in shown
+    assert '<span>01<span class="wide"> Jan 2015</span>' in shown
