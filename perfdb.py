@@ -108,9 +108,9 @@ def parse_time(text: str) -> datetime:
 # -------------------------------------------------------------------------------------- connecting
 
 
-# A host with an @ inside (at its begin: an abstract socket), a port that is no number: pieces of
-# a password in a URI, which the server's or libpq's answer would show.
-TORN_PATTERN = re.compile(r"[^\s,]@| .*[^\d,\s]")
+# A host with an @ inside (at its begin: an abstract socket; behind a /: a directory), a port that
+# is no number: pieces of a password in a URI, which the server's or libpq's answer would show.
+TORN_HOST, TORN_PORT = re.compile(r"(^|,)[^@/,][^,]*@"), re.compile(r"[^\d,\s]")
 
 
 def connect(dsn: str | None = None,
@@ -132,7 +132,7 @@ def connect(dsn: str | None = None,
         raise BadSetting("--dsn or PERFDB_DSN is no libpq connection string; write it as "
                          "'host=db1 dbname=performance_db user=perf' or "
                          "'postgresql://perf@db1/performance_db'") from None
-    if TORN_PATTERN.search(f"{given.get('host', '')} {given.get('port', '')}"):
+    if TORN_HOST.search(given.get("host", "")) or TORN_PORT.search(str(given.get("port", ""))):
         raise BadSetting("--dsn or PERFDB_DSN: a part of the password seems to stand where the "
                          "host or the port should; in a URI write %40 for @, %2F for /, %3A for "
                          ": and %25 for % in a password")

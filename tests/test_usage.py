@@ -40,6 +40,13 @@ def test_a_connection_string_or_zone_that_makes_no_sense_is_status_2(command, ds
     assert "hunter2" not in done.stderr
 
 
+@pytest.mark.parametrize("host", ["/no such dir", "/no/x@y", "@abstract", "127.0.0.1,/no/x@y"])
+def test_a_directory_or_an_abstract_socket_is_a_host_like_others(host, capsys):
+    dsn = f"host='{host}' port={'1,2' if ',' in host else 1}"
+    assert jobctl.main(["list", "--dsn", dsn]) == 3
+    assert "cannot reach the database" in capsys.readouterr().err
+
+
 def test_an_unknown_type_is_said_with_the_known_ones(ctl, conn):
     for command in ("list", "retry", "cancel"):
         assert "known: 'Alarm Calculation'" in ctl(command, "--type", "nix", expect=1)
