@@ -198,7 +198,7 @@ def test_what_matters_less_gives_way(width, shown):
 def test_one_long_text_does_not_widen_every_line_of_a_pipe(failed, conn):
     conn.execute("INSERT INTO job_instances (job_type_id, description, comment) "
                  "SELECT id, repeat('x', 30000 * (n / 9)), 'why' "
-                 "FROM job_types, generate_series(1, 9) n")
+                 "FROM job_types, generate_series(1, 9) n WHERE name = 'Alarm Calculation'")
     assert len(piped("list")) < 100_000
 
 
