@@ -109,11 +109,14 @@ def matching_jobs(connection: psycopg.Connection, ids: Sequence[int] | None = No
                   **filters: Any) -> list[dict[str, Any]]:
     """Return id, job_type, state and description of the jobs among `ids` that fit `filters`.
 
+    No job has an id beyond bigint.
+
     `filters`: states (list), type (name), since (moment), within (interval), text (part of the
     description, the comment or a failed step's comment), each None or missing: any.
     """
     params = dict.fromkeys(("states", "type", "since", "within", "text")) | filters
-    return rows_of(connection, MATCHING_SQL, params | {"ids": None if ids is None else list(ids)})
+    return rows_of(connection, MATCHING_SQL, params | {
+        "ids": None if ids is None else [n for n in ids if -2**63 <= n < 2**63]})
 
 
 def write_types(connection: psycopg.Connection, names: Sequence[str] | None = None) -> None:

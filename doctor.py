@@ -375,17 +375,20 @@ def examine(connection: psycopg.Connection, other: psycopg.Connection,
             checks: Sequence[Check] = CHECKS) -> list[str]:
     """Return all findings, [] if all is well; `other` is a plain second connection.
 
-    A `Note` among them needs nobody.
+    A `Note` among them needs nobody. Raise `psycopg.errors.UndefinedTable` where there are no
+    tables at all.
     """
+    query(connection, TYPE_NAMES_SQL)
     return [*(finding for check in checks for finding in look(check, connection)),
             *zone(connection, other), *pooler(connection, other)]
 
 
 def look(check: Check, connection: psycopg.Connection) -> Findings:
-    """Yield what `check` finds, or why it cannot look: no right to, or an older schema."""
+    """Yield what `check` finds, or why it cannot look: no right, an older schema, a lost table."""
     try:
         yield from check(connection)
-    except (psycopg.errors.UndefinedColumn, psycopg.errors.UndefinedFunction) as exc:
+    except (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedColumn,
+            psycopg.errors.UndefinedFunction) as exc:
         yield (f"schema: cannot look for {check.__name__}: {exc.diag.message_primary}: "
                "python jobctl.py init")
     except psycopg.errors.InsufficientPrivilege as exc:

@@ -62,4 +62,23 @@ def dead_workers(connection: psycopg.Connection) -> Iterator[str]:
                "python handler.py --once removes some of them; if they stay, no handler runs")
 
 
-CHECKS = [row_security, strangers, dead_workers]
+MANY_DEAD_ROWS = 100_000  # autovacuum comes at a fraction of that; see the tables' settings
+
+DEAD_ROWS_SQL = """
+SELECT name, s.n_dead_tup, s.n_live_tup
+  FROM pg_catalog.unnest('{job_instances,job_steps,job_workers}'::text[]) AS t(name)
+  JOIN pg_stat_all_tables s ON s.relid = to_regclass(name)::oid
+ WHERE s.n_dead_tup > GREATEST(%(many)s::bigint, s.n_live_tup)
+ ORDER BY name
+"""
+
+
+def dead_rows(connection: psycopg.Connection) -> Iterator[str]:
+    """Tables of the jobs that autovacuum does not keep up with: every claim gets slower."""
+    for table, dead, live in query(connection, DEAD_ROWS_SQL, {"many": MANY_DEAD_ROWS}):
+        yield (f"dead rows: {table} has {dead} of them beside {live} live ones, so every claim is "
+               "slow: autovacuum is off, or an old transaction keeps it from cleaning: "
+               f"VACUUM {table}")
+
+
+CHECKS = [row_security, strangers, dead_workers, dead_rows]

@@ -72,7 +72,8 @@ WITH relation AS (
      WHERE NOT EXISTS (SELECT FROM pg_constraint k WHERE k.conindid = x.indexrelid)
      UNION ALL
     SELECT 'trigger', name || '.' || tgname::text, prefix,
-           pg_get_triggerdef(t.oid) || CASE WHEN t.tgenabled = 'D' THEN ' -- DISABLED' ELSE '' END
+           pg_get_triggerdef(t.oid) || CASE WHEN t.tgenabled IN ('D', 'R') THEN ' -- DISABLED'
+                                             ELSE '' END
       FROM relation
       JOIN pg_trigger t ON t.tgrelid = relation.oid AND NOT t.tgisinternal
      UNION ALL
@@ -160,7 +161,13 @@ def schema(connection: psycopg.Connection) -> Iterator[str]:
         yield Note("schema: not compared with schema.sql, because this role may not make "
                    "temporary tables: GRANT TEMPORARY ON DATABASE to it")
     except psycopg.errors.ReadOnlySqlTransaction:
-        yield Note("schema: not compared with schema.sql on a standby; run doctor on the primary")
+        if query(connection, "SELECT pg_is_in_recovery()")[0][0]:
+            yield Note("schema: not compared with schema.sql on a standby; run doctor on the "
+                       "primary")
+        else:
+            yield Note("schema: not compared with schema.sql, because sessions of this role are "
+                       "read only, in which no handler can work either: ALTER ROLE or ALTER "
+                       "DATABASE ... SET default_transaction_read_only = off")
 
 
 def installed_version(connection: psycopg.Connection) -> int | None:

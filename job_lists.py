@@ -14,7 +14,7 @@ from typing import Any
 import psycopg
 
 import metrics
-from control import FILTER_SQL
+from control import FILTER_SQL, TYPE_SQL, unknown_type
 from jobs import JOB_TYPES
 from perfdb import query, rows_of
 from tables import (
@@ -56,18 +56,22 @@ SELECT v.*, now() - v.created AS age
 """  # noqa: S608, constants only
 
 
-def filters(args: argparse.Namespace) -> dict[str, Any]:
+def filters(connection: psycopg.Connection, args: argparse.Namespace) -> dict[str, Any]:
     """Return the parameters of FILTER_SQL that --state --type --since --text ask for."""
+    if args.type is not None and not query(connection, TYPE_SQL, [args.type]):
+        raise Refused(unknown_type(connection, args.type))
     return {"states": args.state, "type": args.type, "text": args.text,
             "since": None, "within": None, **(args.since or {})}
 
 
 def list_jobs(connection: psycopg.Connection, args: argparse.Namespace) -> int:
     """Print the latest jobs, newest first."""
+    params = filters(connection, args) | {"limit": args.limit}
+
     def show() -> str:
-        return jobs_table(rows_of(connection, LIST_SQL, filters(args) | {"limit": args.limit}))
+        return jobs_table(rows_of(connection, LIST_SQL, params))
     if args.json:
-        print_json(rows_of(connection, LIST_SQL, filters(args) | {"limit": args.limit}))
+        print_json(rows_of(connection, LIST_SQL, params))
     elif args.watch:
         repeat(show, args.interval)
     else:
@@ -201,7 +205,7 @@ def facts(job: dict[str, Any]) -> Iterator[str]:
         if isinstance(value, datetime):
             ago = elapsed(value, job["now"])
             when = f"in {age(-ago)}" if ago.total_seconds() < 0 else f"{age(ago)} ago"
-            yield f"  {name:<13} {text(value)} {zone(value)} ({when})"
+            yield from wrap(name, f"{text(value)} {zone(value)} ({when})")
         elif value:
             yield from wrap(name, text(value))
     yield f"  {'steps':<13} {job['steps_done']} of {job['steps_total']} done, " \
@@ -381,7 +385,7 @@ def bar(row: dict[str, Any], width: int = 24) -> str:
 
 def stats(connection: psycopg.Connection, args: argparse.Namespace) -> int:
     """Print per type how many jobs wait, run, ended and failed."""
-    if args.prometheus:
+    if args.prometheus is not None:
         metrics.write(connection, args.prometheus)
         return OK
     rows = rows_of(connection, metrics.STATS_SQL, {"since": args.since})

@@ -17,12 +17,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +32,20 @@ import handler
 import schedules
 import upgrade
 from job_lists import Refused, filters, list_jobs, log, show, stats, watch
+from option_values import due, interval, moment, parameter, priority, since
 from parameters import parse as parse_parameters
 from perfdb import (
+    BadSetting,
     UnfitDatabase,
     connect,
     connect_plainly,
-    parse_time,
+    explain,
+    is_passing,
     query,
     refuse_unfit,
     rows_of,
 )
-from tables import print_json, table, visible
+from tables import hush, print_json, ready_streams, table, visible
 
 OK, FAILED, USAGE, NO_DATABASE = 0, 1, 2, 3  # exit status; 2 is argparse's
 
@@ -82,9 +83,9 @@ def read_parameters(args: argparse.Namespace) -> dict[str, Any]:
     source = args.json or "{}"
     try:
         if source == "-":
-            source = sys.stdin.read()
+            source = sys.stdin.read().removeprefix("\ufeff")  # some editors begin a file so
         elif source.startswith("@"):
-            source = Path(source[1:]).read_text()
+            source = Path(source[1:]).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as exc:
         raise Refused(f"cannot read the parameters: {exc}") from None
     parameters = parse_parameters(source)
@@ -131,19 +132,29 @@ def to_each(connection: psycopg.Connection, args: argparse.Namespace, change: Ca
 
     By filters only jobs in `states` are chosen, the ones that can be changed so.
     """
-    chosen = args.id or [job["id"] for job in control.matching_jobs(
-        connection, **filters(args) | {"states": args.state or states})]
+    chosen = list(dict.fromkeys(args.id)) or [job["id"] for job in control.matching_jobs(
+        connection, **filters(connection, args) | {"states": args.state or states})]
     if args.dry_run:
         return foretell(connection, chosen, done, states)
     status = OK
     for job_id in chosen:
         try:
-            print(f"job {job_id} {change(job_id)}")
+            status = max(status, say(f"job {job_id} {change(job_id)}"))
         except ValueError as exc:
             status = complain(str(exc), FAILED)
     if not chosen:
         print("no job fits these filters")
     return status
+
+
+def say(done: str) -> int:
+    """Print what was done to one of several jobs; that it cannot be read stops not the rest."""
+    try:
+        print(done, flush=True)
+    except OSError as exc:
+        hush()
+        return OK if isinstance(exc, BrokenPipeError) else complain(str(exc), FAILED)
+    return OK
 
 
 def foretell(connection: psycopg.Connection, ids: list[int], done: str, states: list[str]) -> int:
@@ -235,43 +246,6 @@ def backfill(connection: psycopg.Connection, args: argparse.Namespace) -> int:
 
 # ----------------------------------------------------------------------------------------- options
 
-INTERVAL = r"\s*\d+\s*(s|sec|min|h|d|w|mon|y|second|minute|hour|day|week|month|year)s?\s*"
-
-
-def interval(text: str) -> str:
-    """Return a length of time as PostgreSQL reads it: 90d, 24h, 15min, '1 month'."""
-    if not re.fullmatch(INTERVAL, text):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no length of time; write 90d, 24h, 15min or '1 month'")
-    return text
-
-
-def moment(text: str) -> datetime:
-    """Return the moment that `text` means, for argparse."""
-    try:
-        return parse_time(text)
-    except (ValueError, OverflowError) as exc:
-        raise argparse.ArgumentTypeError(f"{text!r}: {exc}") from None
-
-
-def since(text: str) -> dict[str, Any]:
-    """Return the condition of FILTER_SQL that `text` means: so long ago (24h), or a moment."""
-    return {"within": text} if re.fullmatch(INTERVAL, text) else {"since": moment(text)}
-
-
-def parameter(text: str) -> tuple[str, Any]:
-    """Return key and value of KEY=VALUE, a string, or of KEY:=JSON."""
-    name, typed, value = re.fullmatch(r"(.*?)(:?=|$)(.*)", text, re.DOTALL).groups()
-    if not typed:
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: write key=value for a string or key:=json for any other value")
-    try:
-        return name, json.loads(value) if typed == ":=" else value
-    except ValueError as exc:
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: what follows := is not JSON: {exc}") from None
-
-
 def option(*names: str, **settings: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
     return names, settings
 
@@ -312,8 +286,8 @@ COMMANDS: dict[str, tuple[Run, list[Option]]] = {
     "types": (types, [JSON]),
     "create": (create, [
         *PARAMETERS,
-        option("--priority", type=int, default=0, help="higher runs first (default 0)"),
-        option("--run-after", type=moment, metavar="TIME",
+        option("--priority", type=priority, default=0, help="higher runs first (default 0)"),
+        option("--run-after", type=due, metavar="TIME",
                help="not before 'YYYY-MM-DD HH:MM:SS'"),
         option("--unique-key", metavar="KEY", help="at most one unfinished job per key")]),
     "list": (list_jobs, [
@@ -376,6 +350,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"jobctl.py {name}", description=run.__doc__)
     for names, settings in [*options, *COMMON]:
         parser.add_argument(*names, **settings)
+    if broken := [word for word in words if re.search("[\ud800-\udfff]", word)]:
+        parser.error(f"{broken[0]!a} is not UTF-8")
     args = parser.parse_intermixed_args(words[len(name.split()):])
     args.run, args.command = run, name
     if IDS in options and bool(args.id) == any((args.state, args.type, args.since, args.text)):
@@ -416,6 +392,7 @@ def place_of(exc: BaseException | None) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    ready_streams()
     args = parse(argv)
     try:
         with connect(args.dsn, f"jobctl {args.command}") as connection:
@@ -424,17 +401,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             return status
     except psycopg.errors.UndefinedTable:
         return complain("the tables are missing: run `python jobctl.py init`", NO_DATABASE)
+    except (psycopg.errors.UndefinedColumn, psycopg.errors.UndefinedFunction) as exc:
+        return complain(explain(exc), NO_DATABASE)
     except UnfitDatabase as exc:
         return complain(str(exc), NO_DATABASE)
-    except psycopg.OperationalError as exc:
-        return complain(f"cannot reach the database: {str(exc).strip()}", NO_DATABASE)
+    except BadSetting as exc:
+        return complain(str(exc), USAGE)
+    except psycopg.Error as exc:
+        if isinstance(exc, psycopg.OperationalError) and is_passing(exc):
+            return complain(f"cannot reach the database: {str(exc).strip()}", NO_DATABASE)
+        return complain(explain(exc), FAILED)
     except BrokenPipeError:  # | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        hush()
         return OK
-    except (Refused, ValueError, OverflowError, OSError, psycopg.Error) as exc:
+    except (Refused, ValueError, OverflowError, OSError) as exc:
         return complain(str(exc).strip(), FAILED)
-    except KeyboardInterrupt:
-        return OK
+    except KeyboardInterrupt:  # the way to end a watch
+        return OK if args.command in ("watch", "list") else complain("interrupted", FAILED)
 
 
 def complain(message: str, status: int) -> int:

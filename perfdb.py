@@ -66,10 +66,14 @@ class UnfitDatabase(Exception):
     """The toolkit cannot work in this database as it is reached; the text says what to do."""
 
 
+class BadSetting(ValueError):
+    """A connection string or a zone that makes no sense; the text quotes no password."""
+
+
 def time_zone() -> tzinfo:
     """Return the zone of times without an offset: $PERFDB_TIMEZONE, or UTC.
 
-    Raise `ValueError` if there is no such zone.
+    Raise `BadSetting` if there is no such zone.
     """
     name = os.environ.get("PERFDB_TIMEZONE") or "UTC"
     if name == "UTC":
@@ -78,7 +82,7 @@ def time_zone() -> tzinfo:
     try:
         return ZoneInfo(name)
     except (KeyError, ValueError, OSError):
-        raise ValueError(f"PERFDB_TIMEZONE={name!r} is no time zone this host knows; "
+        raise BadSetting(f"PERFDB_TIMEZONE={name!r} is no time zone this host knows; "
                          "use a name like UTC or Europe/Madrid") from None
 
 
@@ -104,6 +108,11 @@ def parse_time(text: str) -> datetime:
 # -------------------------------------------------------------------------------------- connecting
 
 
+# A host with an @ inside (at its begin: an abstract socket; behind a /: a directory), a port that
+# is no number: pieces of a password in a URI, which the server's or libpq's answer would show.
+TORN_HOST, TORN_PORT = re.compile(r"(^|,)[^@/,][^,]*@"), re.compile(r"[^\d,\s]")
+
+
 def connect(dsn: str | None = None,
             application_name: str = "performance server") -> psycopg.Connection:
     """Return an autocommit connection to performance_db, its session in `time_zone()`.
@@ -112,7 +121,7 @@ def connect(dsn: str | None = None,
     allows it; see `settlement`). `dsn` overrides $PERFDB_DSN; with neither, libpq's own PG*
     variables count. JSON that Python cannot load comes as its text.
 
-    Raise `psycopg.OperationalError` if the server cannot be reached or refuses, `ValueError` if
+    Raise `psycopg.OperationalError` if the server cannot be reached or refuses, `BadSetting` if
     the connection string or $PERFDB_TIMEZONE makes no sense.
     """
     zone = str(time_zone())
@@ -120,9 +129,13 @@ def connect(dsn: str | None = None,
     try:
         given = conninfo_to_dict(dsn)
     except psycopg.ProgrammingError:  # its text may quote a password
-        raise ValueError("--dsn or PERFDB_DSN is no libpq connection string; write it as "
+        raise BadSetting("--dsn or PERFDB_DSN is no libpq connection string; write it as "
                          "'host=db1 dbname=performance_db user=perf' or "
                          "'postgresql://perf@db1/performance_db'") from None
+    if TORN_HOST.search(given.get("host", "")) or TORN_PORT.search(str(given.get("port", ""))):
+        raise BadSetting("--dsn or PERFDB_DSN: a part of the password seems to stand where the "
+                         "host or the port should; in a URI write %40 for @, %2F for /, %3A for "
+                         ": and %25 for % in a password")
     wanted = {name: value for name, value in KEEPALIVES.items() if name not in given}
     wanted |= {"application_name": application_name, "client_encoding": "UTF8"}
     connection = _open(dsn, given, wanted, zone)
@@ -131,7 +144,7 @@ def connect(dsn: str | None = None,
         _settle(connection, zone)
     except psycopg.DataError as exc:
         connection.close()
-        raise ValueError(f"PERFDB_TIMEZONE: the server says {exc.diag.message_primary}") from None
+        raise BadSetting(f"PERFDB_TIMEZONE: the server says {exc.diag.message_primary}") from None
     return connection
 
 
@@ -247,6 +260,17 @@ def is_passing(exc: BaseException) -> bool:
     if exc.sqlstate:
         return exc.sqlstate.startswith(PASSING)
     return isinstance(exc, psycopg.OperationalError)  # the connection broke, or was closed
+
+
+def explain(exc: psycopg.Error) -> str:
+    """Return what the server says in one line, and what to do where that is known."""
+    remedy = ""
+    if isinstance(exc, psycopg.errors.InsufficientPrivilege):
+        remedy = ": OPERATIONS.md, Roles, has the GRANTs"
+    if isinstance(exc, psycopg.errors.UndefinedTable | psycopg.errors.UndefinedColumn
+                  | psycopg.errors.UndefinedFunction):
+        remedy = ": run `python jobctl.py init`"
+    return f"{exc.diag.message_primary or str(exc).strip()}{remedy}"
 
 
 FITNESS_SQL = """

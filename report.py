@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
+import io
 import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
@@ -29,10 +29,11 @@ import handler
 import report_alarms
 import report_jobs
 import report_samples
-from jobctl import load_types, moment
-from perfdb import connect, connect_plainly, query
+from jobctl import load_types
+from option_values import moment
+from perfdb import BadSetting, connect, connect_plainly, explain, query
 from report_page import escape, page, section
-from tables import replace_file
+from tables import hush, ready_streams, replace_file
 
 OK, FAILED, USAGE, NO_DATABASE = 0, 1, 2, 3  # exit status; 2 is argparse's
 
@@ -56,9 +57,10 @@ class Parts:
                 return part(self.connection, *args)
         except psycopg.OperationalError:
             raise
-        except psycopg.Error as exc:
-            self.problems.append(f"{name}: {str(exc).strip()}")
-            return section(name, f"<p>This part cannot be shown: {escape(str(exc).strip())}</p>")
+        except Exception as exc:  # one odd row must not cost the whole page
+            said = explain(exc) if isinstance(exc, psycopg.Error) else f"{exc!r}"
+            self.problems.append(f"{name}: {said}")
+            return section(name, f"<p>This part cannot be shown: {escape(said)}</p>")
 
 
 def jobs_page(connection: psycopg.Connection, args: argparse.Namespace, parts: Parts) -> str:
@@ -105,6 +107,8 @@ def begin(connection: psycopg.Connection) -> tuple[datetime, str]:
 def write(content: str, out: str | None) -> None:
     """Write the page to the file `out`, whole or not at all, or to standard output."""
     if out is None:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(encoding="utf-8")  # as the page says of itself
         sys.stdout.write(content)
         sys.stdout.flush()
     else:
@@ -138,13 +142,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def minutes(text: str) -> timedelta:
-    span = timedelta(minutes=handler.seconds(text))
+    try:
+        span = timedelta(minutes=handler.seconds(text))
+    except argparse.ArgumentTypeError as exc:
+        raise argparse.ArgumentTypeError(str(exc).replace("seconds", "minutes")) from None
     if not span:
         raise argparse.ArgumentTypeError("0 minutes: give a number above 0")
     return span
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    ready_streams()
     args = parse(argv)
     try:
         with connect(args.dsn, f"report {args.page}") as connection:
@@ -153,12 +161,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             write(make(connection, args, parts), args.out)
     except psycopg.errors.UndefinedTable:
         return complain("the tables are missing: run `python jobctl.py init`", NO_DATABASE)
+    except BadSetting as exc:
+        return complain(str(exc), USAGE)
     except psycopg.OperationalError as exc:
         return complain(f"cannot reach the database: {str(exc).strip()}", NO_DATABASE)
+    except psycopg.Error as exc:
+        return complain(explain(exc), FAILED)
     except BrokenPipeError:  # | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        hush()
         return OK
-    except (ValueError, OSError, psycopg.Error) as exc:
+    except (ValueError, OSError) as exc:
         return complain(str(exc).strip(), FAILED)
     for problem in parts.problems:
         complain(problem, FAILED)

@@ -35,6 +35,7 @@ HEAT_CELLS = 1000  # at some 80 bytes
 COLUMNS = 32       # of the heat map: a month, also one that begins at 23:00
 SIGNAL_DAYS = 7    # a longer window shows its signal around the longest period
 POINTS = 700       # of the signal
+LARGEST = 1e300    # and the smallest: beyond, a difference is infinite
 
 
 @dataclass(frozen=True)
@@ -157,11 +158,18 @@ def lane(scope: Scope, name: str, number: int, bars: list[dict[str, Any]]) -> st
     def tip(bar: dict[str, Any]) -> str:
         took = duration(elapsed(bar["began"], bar["ended"]).total_seconds())
         several = f"{bar['periods']} periods, " if bar["periods"] > 1 else ""
-        return (f"{short_name(name)} {number} {several}{bar['began']:%d %b %H:%M} to "
-                f"{bar['ended']:%d %b %H:%M} ({took})")
+        return f"{short_name(name)} {number} {several}{from_to(scope, bar)} ({took})"
     return line(f"{name} {number} {bars[0]['alarm']}", svg(title, [*day_lines(scope), *(
         rect("mark", scope.x(b["start_time"]), scope.x(b["end_time"]) - scope.x(b["start_time"]),
              tip(b)) for b in bars)]))
+
+
+def from_to(scope: Scope, period: dict[str, Any]) -> str:
+    """Return when a period began and ended, with the year where more than one comes into it."""
+    began, ended = period["began"], period["ended"]
+    is_one_year = scope.start.year == scope.end.year == began.year == ended.year
+    form = "%d %b %H:%M" if is_one_year else "%d %b %Y %H:%M"
+    return f"{began:{form}} to {ended:{form}}"
 
 
 def days_of(scope: Scope, most: int) -> list[datetime]:
@@ -175,11 +183,12 @@ def days_of(scope: Scope, most: int) -> list[datetime]:
 def day_marks(scope: Scope) -> str:
     """Return the names of the days, each as wide as its days are."""
     days = days_of(scope, 8)
+    rest = "%b" if days[0].year == days[-1].year else "%b %Y"
     ends = [*days[1:], scope.end]
     widths = " ".join(f"minmax(0,{elapsed(max(day, scope.start), end).total_seconds():.0f}fr)"
                       for day, end in zip(days, ends, strict=True))
     return (f'<div class="days dim" style="grid-template-columns:{widths}">'
-            + "".join(f'<span>{day:%d}<span class="wide"> {day:%b}</span></span>'
+            + "".join(f'<span>{day:%d}<span class="wide"> {day:{rest}}</span></span>'
                       for day in days) + "</div>")
 
 
@@ -315,7 +324,7 @@ def signal(connection: psycopg.Connection, scope: Scope) -> str:
     if not periods:
         return section(heading, "<p>No alarm stood in this window.</p>")
     first = periods[0]
-    if first["feature_id"] is None:
+    if first["feature_id"] is None or not isinstance(first["trigger"], dict):
         return section(heading, f"<p>{escape(first['object'])}, alarm {first['number']}: its "
                                 "trigger names no feature of the model: no signal to show.</p>")
     near = around(scope, first)
@@ -342,9 +351,10 @@ def around(scope: Scope, period: dict[str, Any]) -> Scope:
 def rule_text(alarm: dict[str, Any]) -> str:
     """Return the rule of the alarm in words."""
     trigger = alarm["trigger"]
-    side = {"high": "above", "low": "below"}.get(trigger.get("threshold_type"), "beyond")
+    side = {"high": "above", "low": "below"}.get(str(trigger.get("threshold_type")), "beyond")
     unit = f" {alarm['unit']}" if alarm["unit"] else ""
-    said = f"It stands while {alarm['feature']} is {side} {trigger.get('threshold_value')}{unit}"
+    said = f"It stands while {alarm['feature']} is {side} "
+    said += f"{shorten(str(trigger.get('threshold_value')), 40)}{unit}"
     if trigger.get("max_gap"):
         said += f", joined over gaps of up to {trigger['max_gap']} s"
     if trigger.get("min_duration"):
@@ -357,13 +367,15 @@ def rule_text(alarm: dict[str, Any]) -> str:
 def draw_signal(near: Scope, title: str, alarm: dict[str, Any], periods: list[dict[str, Any]],
                 samples: list[dict[str, Any]], height: int = 200) -> str:
     limit = alarm["trigger"].get("threshold_value")
-    limits = [limit] if isinstance(limit, int | float) else []
+    is_number = isinstance(limit, int | float) and not isinstance(limit, bool)
+    limits = [limit] if is_number and abs(limit) <= LARGEST else []
     values = [row[side] for row in samples for side in ("low", "high")] + limits
-    low, high = min(values, default=0), max(values, default=1)
+    low, high = max(min(values, default=0), -LARGEST), min(max(values, default=1), LARGEST)
     room = (high - low or abs(high) or 1) * 0.05
 
     def y(value: float) -> float:
-        return height * (high + room - value) / (high - low + 2 * room)
+        inside = min(max(value, low - room), high + room)
+        return height * (high + room - inside) / (high - low + 2 * room)
     shapes = day_lines(near, height)
     shapes += [period_rect(near, period, height) for period in periods
                if period["start_time"] < near.end and period["end_time"] > near.start]
@@ -379,8 +391,7 @@ def draw_signal(near: Scope, title: str, alarm: dict[str, Any], periods: list[di
 def period_rect(near: Scope, period: dict[str, Any], height: int) -> str:
     left, right = near.x(period["start_time"]), near.x(period["end_time"])
     return rect("shade" if period["is_own"] else "other", left, right - left,
-                f"alarm {period['number']} {period['began']:%d %b %H:%M} to "
-                f"{period['ended']:%d %b %H:%M}", 0, height)
+                f"alarm {period['number']} {from_to(near, period)}", 0, height)
 
 
 def signal_path(near: Scope, samples: list[dict[str, Any]], y: Callable[[float], float]) -> str:

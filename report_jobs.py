@@ -33,9 +33,10 @@ from report_page import (
 from tables import age, duration, elapsed
 
 RECENT = 20_000  # jobs at most that figures of the last day are made of, the newest ids
-MOST = {"running": 50, "schedules": 30, "windows": 31, "steps": 40}
+MOST = {"running": 50, "schedules": 30, "windows": 31, "steps": 40, "types": 60}
 
 FINDINGS = 30  # of doctor at most
+LONGEST_REMEDY = 600
 
 STATE_CLASSES = {"Finished": "o", "Failed": "F", "Running": "R", "Created": "W", "Queued": "W"}
 
@@ -47,8 +48,9 @@ COMMAND = re.compile(r".*?((?:python|SELECT|VACUUM|ANALYZE|ALTER|UPDATE|GRANT|CR
 def attention(connection: psycopg.Connection, findings: list[str]) -> str:
     """Show which jobs failed, by their comments, and what doctor found, each with its command."""
     failures = doctor.fetch_failures(connection)
-    parts = [card("failed", doctor.failure_facts(failure), shorten(failure["comment"], 400),
-                  doctor.retry_command(failure)) for failure in failures]
+    parts = [card("failed", shorten(doctor.failure_facts(failure), 400),
+                  shorten(failure["comment"], 400), doctor.retry_command(failure))
+             for failure in failures]
     if len(failures) == doctor.MOST_FAILURES:
         parts.append(card("more may have failed", "", "",
                           "python jobctl.py list --state Failed --since 24h"))
@@ -70,6 +72,8 @@ def finding_card(finding: str) -> str:
 
 
 def card(label: str, facts: str, said: str, remedy: str, act: bool = True) -> str:
+    if len(remedy) > LONGEST_REMEDY:  # cut it would be wrong
+        remedy = "python jobctl.py doctor"
     return (f'<div class="card{" act" * act}"><p><span class="big">{escape(label)}</span> '
             f'<span class="dim">{escape(facts)}</span><br>{escape(said)}</p>'
             f'{command(remedy) if remedy else ""}</div>\n')
@@ -184,9 +188,10 @@ def running_row(row: dict[str, Any]) -> list[Any]:
     left = row["running_time"] / gone * (total - gone) if gone and row["running_time"] else None
     bar = svg(f"job {row['id']}: {100 * row['progress']:.0f} %",
               [rect("done", 0, 1000 * row["progress"])] if gone else [])
-    return [row["id"], f"{row['job_type']}: {shorten(row['description'], 120)}",
+    what = f"{shorten(row['job_type'], 80)}: {shorten(row['description'], 120)}"
+    return [row["id"], what,
             Html(f"{bar}{escape(step)}"), shorten(row["running_step"] or "", 80),
-            age(row["step_time"]), age(left), row["worker_host"]]
+            age(row["step_time"]), age(left), shorten(row["worker_host"] or "", 80)]
 
 
 # Among the newest jobs only: no index knows when a job started or how long it took.
@@ -295,22 +300,25 @@ SELECT t.name, COALESCE(w.waiting, 0) AS waiting, w.oldest, COALESCE(e.ended, 0)
   LEFT JOIN ended e ON e.job_type_id = t.id
   LEFT JOIN hour h ON h.job_type_id = t.id
  ORDER BY t.name
- LIMIT 100
+ LIMIT %(types)s
 """
 
 
 def types(connection: psycopg.Connection) -> str:
     """Show what waits, what ended in the last 24 hours, and how long it took, per type."""
-    rows = rows_of(connection, TYPES_SQL, {"recent": RECENT})
+    rows = rows_of(connection, TYPES_SQL, MOST | {"recent": RECENT})
     if not rows:
         return section("Job types", "<p>None: <code>python jobctl.py init</code> writes them.</p>")
     note = "The last 24 hours; a bar per hour, the latest at the right, its foot the failed ones."
     if rows[0]["is_cut"]:
         note += f" Of the latest {RECENT:,} jobs only."
+    if len(rows) == MOST["types"]:
+        note += f" The first {len(rows)} types; jobctl stats shows all."
     return section("Job types", table(
         ["type", "#waiting", "#oldest", "#ended", "#failed", "#median", "#-p95", "-24 hours"],
-        [[row["name"], row["waiting"], age(row["oldest"]), row["ended"], failed_share(row),
-          row["median"], row["p95"], sparkline(row)] for row in rows]), note=note)
+        [[shorten(row["name"], 80), row["waiting"], age(row["oldest"]), row["ended"],
+          failed_share(row), row["median"], row["p95"], sparkline(row)] for row in rows]),
+        note=note)
 
 
 def failed_share(row: dict[str, Any]) -> str:
@@ -328,7 +336,7 @@ def sparkline(row: dict[str, Any]) -> str:
         bars.append(rect("mark", left, 38, tip, 24 - height, height))
         if failed:
             bars.append(rect("failed", left, 38, tip, 24 - 24 * failed / most, 24 * failed / most))
-    return svg(f"{row['name']}: {row['ended']} ended in 24 hours", bars, 24)
+    return svg(f"{short_name(row['name'])}: {row['ended']} ended in 24 hours", bars, 24)
 
 
 DATABASE_SQL = """

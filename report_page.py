@@ -134,7 +134,7 @@ def section(heading: str, *parts: str, note: str = "") -> str:
 
 def short_name(name: str) -> str:
     """Return a name as a cell's tip begins with it: the whole stands at the left of the line."""
-    return shorten(name, 40)
+    return shorten(name, 24)
 
 
 def escape(value: Any) -> str:
@@ -143,8 +143,14 @@ def escape(value: Any) -> str:
 
 
 def shorten(value: str, most: int) -> str:
-    """Return at most `most` characters, so that one long text cannot fill the page."""
-    return value if len(value) <= most else value[:most - 1] + "…"
+    """Return what of `value` takes at most `most` bytes of the page, so that it cannot fill it.
+
+    A quote takes six, an emoji four.
+    """
+    kept = value[:most]
+    while (size := len(escape(kept).encode())) > most:
+        kept = kept[:len(kept) * most // size]
+    return value if kept == value else kept[:-1] + "…"
 
 
 def command(line: str) -> str:
@@ -184,7 +190,7 @@ def cell(shade: str, letter: Any, tip: str) -> str:
 
 def line(name: str, content: str) -> str:
     """Return a line of a grid: the name, and cells or a picture beside it."""
-    return (f'<div class="name" title="{escape(shorten(name, 250))}">'
+    return (f'<div class="name" title="{escape(shorten(name, TIP))}">'
             f"{escape(shorten(name, 60))}</div>{content}\n")
 
 

@@ -107,7 +107,7 @@ def coverage_cell(row: dict[str, Any]) -> str:
     missing = 1 - min(1.0, share_of(row))
     return cell(heat(missing), row["samples"],
                 f"{short_name(row['name'])}, {row['day']:%Y-%m-%d}: {row['samples']} of "
-                f"{row['expected']} samples of {row['feature']}")
+                f"{row['expected']} samples of {short_name(row['feature'])}")
 
 
 def zone_of(made: datetime) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import re
@@ -15,7 +17,9 @@ from typing import Any
 
 from perfdb import CONTROL, clean
 
-LEAST_WIDTH = 24  # a column of text may be cut to this, not further
+LEAST_WIDTH = 24    # a column of text is cut to this, then what matters less gives way
+NARROWEST = 8       # and where nothing is left to give way, to this
+MOST_PADDING = 200  # nobody needs a column of a pipe filled up to the width of its longest text
 
 
 
@@ -39,7 +43,7 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[Any]], width: int | None
     cut = heads[-1:] if cut is None else cut
     if width:
         columns = fit(columns, width - 2, give_way, cut)
-    widths = [max(map(len, column)) for column in columns]
+    widths = [min(max(map(len, column)), MOST_PADDING) for column in columns]
     columns = [[column[0], "-" * size, *column[1:]] for column, size in
                zip(columns, widths, strict=True)]
     aligned = [[cell.rjust(size) if is_number(column[2:]) else cell.ljust(size) for cell in column]
@@ -62,7 +66,7 @@ def fit(columns: list[list[str]], width: int, give_way: Sequence[str],
             break
         columns = [column for column in columns if column[0] != name]
     share = sorted((c for c in columns if c[0] in cut), key=lambda c: max(map(len, c)))
-    left = max(room(columns), least(columns))
+    left = max(room(columns), NARROWEST * len(share))
     for n, column in enumerate(share):  # the narrow ones take less than their share
         size = min(max(map(len, column)), left // (len(share) - n))
         left -= size
@@ -113,6 +117,8 @@ def text(value: Any) -> str:
 
 def duration(seconds: float) -> str:
     """Return seconds as 12 ms, 3.4 s or 1:02:03."""
+    if seconds < 0:  # somebody has set a clock back
+        return f"-{duration(-seconds)}"
     if seconds < 60:
         return f"{1000 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
     minutes, left = divmod(round(seconds), 60)
@@ -137,7 +143,8 @@ def age(span: timedelta | None) -> str:
 
 
 def print_json(value: Any) -> None:
-    shown = json.dumps(value, default=as_json, indent=2, ensure_ascii=False)
+    unicode = (sys.stdout.encoding or "utf-8").lower().startswith("utf")
+    shown = json.dumps(value, default=as_json, indent=2, ensure_ascii=not unicode)
     # json leaves C1 and the like as they are; its own newlines stay.
     print(CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", shown))
 
@@ -147,12 +154,44 @@ def as_json(value: Any) -> Any:
     return value.total_seconds() if isinstance(value, timedelta) else value.isoformat()
 
 
+def ready_streams() -> None:
+    """Have all three standard streams there, and no character that standard output refuses.
+
+    One that was closed by the shell (>&-) is None; some terminals know no "…".
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115, stays open
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
+def hush() -> None:
+    """Write what is still to come to nowhere: nobody reads it any more, or the disk is full."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def replace_file(path: str, content: str) -> None:
     """Write a file beside `path` and rename it, so that nobody ever reads half of it.
 
-    Raise `OSError` if that cannot be done; `path` is left as it was.
+    A device or pipe (/dev/stdout) is written to as it is, a link stays one. Raise `OSError` if
+    that cannot be done; `path` is left as it was.
     """
-    target = Path(path)
+    if not path:
+        raise FileNotFoundError(errno.ENOENT, "the name of the file to write is empty", path)
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    try:
+        if not os.path.exists(path) or target.is_file():
+            _write_and_rename(target, content)
+        else:
+            Path(path).write_text(content, encoding="utf-8")
+    except OSError as exc:  # which may name the file beside it
+        raise OSError(exc.errno, exc.strerror, path) from None
+
+
+def _write_and_rename(target: Path, content: str) -> None:
     handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:

@@ -2,9 +2,11 @@
 
 import psycopg
 import pytest
+from helpers import flush_statistics
 from psycopg.conninfo import make_conninfo
 
 import doctor_database
+import doctor_schema
 import perfdb
 from worker import Worker
 
@@ -53,3 +55,26 @@ def test_rows_of_dead_workers_are_counted_and_go(conn, run_handler):
     assert "3000 rows of dead workers" in said
     run_handler("--once")
     assert conn.execute("SELECT count(*) AS n FROM job_workers").fetchone()["n"] < 3000
+
+
+def test_dead_rows_that_nobody_cleans_are_counted(conn, monkeypatch):
+    assert list(doctor_database.dead_rows(conn)) == []
+    monkeypatch.setattr(doctor_database, "MANY_DEAD_ROWS", 100)
+    conn.execute("ALTER TABLE job_workers SET (autovacuum_enabled = off)")
+    conn.execute("INSERT INTO job_workers (id, host, pid, backend_pid) SELECT n, 'gone', 1, 1 "
+                 "FROM generate_series(1, 3000) AS n")
+    conn.execute("DELETE FROM job_workers WHERE id > 10")
+    flush_statistics(conn)
+    (said,) = doctor_database.dead_rows(conn)
+    assert "job_workers has 2990 of them beside 10 live ones" in said
+    conn.execute(said.rpartition(": ")[2])  # the remedy
+    flush_statistics(conn)
+    assert list(doctor_database.dead_rows(conn)) == []
+    conn.execute("ALTER TABLE job_workers RESET (autovacuum_enabled)")
+
+
+def test_sessions_that_are_read_only_are_no_standby(conn):
+    conn.execute("SET default_transaction_read_only = on")
+    (note,) = doctor_schema.schema(conn)
+    assert "sessions of this role are read only" in note
+    assert isinstance(note, doctor_database.Note)

@@ -238,6 +238,15 @@ def test_a_closed_pipe_is_no_error(ran, dsn):
     (["create", "Alarm Calculation", "--run-after", "soon"], "write YYYY-MM-DD HH:MM:SS"),
     (["list", "--since", "soon"], "write YYYY-MM-DD HH:MM:SS"),
     (["types", "--module", "nix"], "No module named 'nix'"),
+    (["list", "--limit", str(2**63)], f"is not a whole number from 1 to {2**63 - 1}"),
+    (["show", "1", "--steps", str(2**63)], f"is not a whole number from 1 to {2**63 - 1}"),
+    (["list", "--since", "1001y"], "'1001y' is longer than 1000 years"),
+    (["stats", "--since", "9999999999h"], "'9999999999h' is longer than 1000 years"),
+    (["prune", "--older-than", "300000 months"], "is longer than 1000 years"),
+    (["create", "T", "--run-after", "3000-01-01 00:00:00"], "is not in the years 1900 to 2999"),
+    (["create", "T", "--priority", "40000"], "'40000' is no whole number from -32768 to 32767"),
+    (["create", "T", "-d", "caf\udce9"], r"'caf\udce9' is not UTF-8"),
+    (["list", "--interval", "1e7"], "is not a number of seconds above 0 and below 1000000"),
 ])
 def test_wrong_usage_is_status_2(usage, args, text):
     assert text in usage(*args)
@@ -339,6 +348,9 @@ A_JOB = ("INSERT INTO job_instances (job_type_id, description) "
     (["DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET TimeZone = %L', current_database(), "
       "'Asia/Tokyo'); END $$"],
      "zone: the database shows times in Asia/Tokyo, jobs mean UTC"),
+    (["DROP TABLE job_workers CASCADE"], "schema: table job_workers is missing: python jobctl.py"),
+    (["ALTER TABLE job_instances ENABLE REPLICA TRIGGER job_instances_created"],
+     "trigger job_instances.job_instances_created is not as in schema.sql: python jobctl.py init"),
 ])
 def test_doctor_finds(findings, conn, statements, text):
     assert text in findings(*statements)

@@ -87,6 +87,14 @@ def test_a_narrow_terminal_keeps_what_matters(failed):
     assert re.match(r" +1 +Failed +2/3 +\S+ m?s +Alarms of all tur.*… +1 \(33", row), row
 
 
+def test_a_terminal_of_40_columns_still_has_the_comment(failed):
+    head, _, row = at_terminal(40, "list")
+    assert re.fullmatch(r" +id +state +age +desc\S+… +comment", head)
+    assert re.match(r" +1 +Failed +\S+ m?s +Alarms .*… +1 \(33", row), row
+    assert max(map(len, [head, row])) <= 40
+    assert max(map(len, at_terminal(40, "show", failed))) <= 40
+
+
 def test_a_wide_terminal_shows_all(failed):
     head, _, row = at_terminal(200, "list")
     assert "created (UTC)" in head
@@ -185,3 +193,31 @@ def test_what_matters_less_gives_way(width, shown):
     lines = tables.table(heads, [row], width, ["when", "what"]).splitlines()
     assert lines[0].split() == shown
     assert max(map(len, lines)) <= (width or 999)
+
+
+def test_one_long_text_does_not_widen_every_line_of_a_pipe(failed, conn):
+    conn.execute("INSERT INTO job_instances (job_type_id, description, comment) "
+                 "SELECT id, repeat('x', 30000 * (n / 9)), 'why' "
+                 "FROM job_types, generate_series(1, 9) n WHERE name = 'Alarm Calculation'")
+    assert len(piped("list")) < 100_000
+
+
+@pytest.mark.parametrize("args", [["list"], ["show", "1"], ["list", "--json"]])
+def test_a_terminal_that_lacks_a_character_shows_the_rest(failed, conn, args):
+    conn.execute("UPDATE job_instances SET description = repeat('Größe 日本 ', 40)")
+    env = os.environ | {"PYTHONIOENCODING": "latin-1", "COLUMNS": "80"}
+    done = subprocess.run([sys.executable, ROOT / "jobctl.py", *args], capture_output=True,
+                          env=env)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert "Größe" in done.stdout.decode("latin-1") or "--json" in args
+    if "--json" in args:
+        assert json.loads(done.stdout)[0]["description"].startswith("Größe 日本 ")
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("command", ["jobctl.py list", "jobctl.py watch 1", "report.py jobs"])
+def test_a_closed_stream_is_no_error(failed, closed, command):
+    done = subprocess.run(["bash", "-c", f"exec {sys.executable} {ROOT}/{command} {closed}"],
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (int("watch" in command), "")
+    assert bool(done.stdout) == (">&-" not in closed.replace("2>&-", ""))

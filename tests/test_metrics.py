@@ -2,6 +2,8 @@
 
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -110,3 +112,31 @@ def test_the_alert_rules_use_metrics_that_are_written(written):
     assert len(re.findall(r"^ +- alert: \w+$", rules, re.MULTILINE)) == 4
     assert names <= {name for name, _ in values} | {"perfdb_jobs"}
     assert len(names) >= 4
+
+
+def test_a_device_is_written_to_and_a_link_stays_one(written, tmp_path):
+    (tmp_path / "real.prom").touch()
+    (tmp_path / "link.prom").symlink_to("real.prom")
+    written("link.prom")
+    assert (tmp_path / "link.prom").is_symlink()
+    assert (tmp_path / "real.prom").read_text().startswith("# HELP")
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    assert jobctl.main(["stats", "--prometheus", str(tmp_path / "pipe")]) == 0
+    assert os.read(reader, 100).startswith(b"# HELP")
+    assert (tmp_path / "pipe").is_fifo()
+    os.close(reader)
+
+
+@pytest.mark.parametrize(("target", "said"), [
+    ("", "is empty"), ("/no/such/file", "No such file or directory: '/no/such/file'"),
+    ("/", "directory: '/'")])
+def test_a_file_that_cannot_be_written_is_named_as_it_was_given(conn, dsn, capsys, target, said):
+    assert jobctl.main(["stats", "--prometheus", target]) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_standard_output_may_be_the_file(conn, dsn):
+    done = subprocess.run([sys.executable, ROOT / "jobctl.py", "stats", "--prometheus",
+                           "/dev/stdout"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("# HELP")

@@ -13,6 +13,7 @@ import control
 import jobs
 import perfdb
 import samples
+from worker import Worker
 
 ROOT = Path(__file__).parents[1]
 OPERATIONS = (ROOT / "OPERATIONS.md").read_text()
@@ -105,3 +106,10 @@ def test_the_dashboard_queries_run(conn):
 @pytest.mark.parametrize("statement", re.findall("`((?:SELECT|UPDATE) [^`]*)`", OPERATIONS))
 def test_the_statements_in_the_text_run(conn, statement):
     conn.execute(statement)
+
+
+def test_the_statement_that_shows_the_workers_locks_finds_them(conn, dsn):
+    (statement,) = re.findall("See it: `([^`]*)`", OPERATIONS)
+    worker = Worker(dsn)
+    assert [row["granted"] for row in conn.execute(statement)] == [True]
+    worker.close()

@@ -3,8 +3,11 @@
 import html.parser
 import os
 import re
+import subprocess
+import sys
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import pages
 import psycopg
@@ -14,6 +17,7 @@ import control
 import handler
 import report
 
+ROOT = Path(__file__).parents[1]
 VOID = {"meta", "link", "br"}
 JOBS_PARTS = ["Needs attention", "Schedules", "Running now", "Samples", "Steps over time",
               "Job types", "Database"]
@@ -264,13 +268,15 @@ SELECT 1, 'Running', repeat(%(long)s, 20), 77, now() FROM generate_series(1, 300
 INSERT INTO job_steps (job_instance_id, position, name, state, comment, started, finished)
 SELECT max(id), n, repeat(%(long)s, 10), 'Failed', repeat(%(long)s, 50), now(), now()
   FROM job_instances, generate_series(1, 1000) n GROUP BY n;
+INSERT INTO job_types (name) SELECT n || %(long)s FROM generate_series(1, 100) n;
 ANALYZE
 """
 
 
-def test_pages_stay_small_and_quick_whatever_is_in_the_database(full, page):
+@pytest.mark.parametrize("long", [pages.LONG, '"' * 300, "😀" * 300], ids=["N", "quote", "emoji"])
+def test_pages_stay_small_and_quick_whatever_is_in_the_database(full, page, long):
     with psycopg.ClientCursor(full) as cursor:
-        cursor.execute(CROWD_SQL, {"long": pages.LONG, "start": pages.START})
+        cursor.execute(CROWD_SQL, {"long": long, "start": pages.START})
     for args in (["jobs"], ["alarms", *WINDOW]):
         began = time.monotonic()
         source = page(*args).source
@@ -279,4 +285,41 @@ def test_pages_stay_small_and_quick_whatever_is_in_the_database(full, page):
         assert source.count("<rect") < 1500
         assert ("The first 200 of 303 objects" in source) == (args[0] == "alarms")
         assert ("The first 30 schedules" in source) == (args[0] == "jobs")
+        assert ("The first 60 types" in source) == (args[0] == "jobs")
         assert time.monotonic() - began < 5  # a page that is not bounded takes minutes
+
+
+def test_the_page_is_utf_8_wherever_it_is_written_to(full):
+    done = subprocess.run([sys.executable, ROOT / "report.py", "jobs"], capture_output=True,
+                          env=os.environ | {"PYTHONIOENCODING": "latin-1"}, check=True)
+    assert "N…" in done.stdout.decode()
+
+
+@pytest.mark.parametrize(("rule", "value"), [
+    ('"threshold_value": 1e400', 1), (f'"x": {"9" * 5000}', 1),
+    ('"threshold_type": ["high"], "threshold_value": 20', 1), ('"threshold_value": 20', 1e308)])
+def test_an_odd_trigger_or_sample_is_drawn_as_far_as_it_goes(full, page, rule, value):
+    full.execute("UPDATE alarms SET trigger = %s::jsonb",
+                 [f'{{"feature_name": "wind_speed", {rule}}}'])
+    full.execute("UPDATE feature_values SET value = %s * CASE WHEN extract(hour FROM timestamp) "
+                 "> 11 THEN 1 ELSE -1 END", [value])
+    found = page("alarms", "--from", f"{pages.TODAY - timedelta(days=4):%F %T}",
+                 "--to", f"{pages.TODAY:%F %T}")
+    assert "cannot be shown" not in found.source
+    assert not re.search(r"\b(nan|inf)", re.sub("<style>.*</style>", "", found.source, flags=re.S))
+
+
+def test_a_part_that_goes_wrong_says_so_and_the_others_are_there_too(full, page, monkeypatch):
+    monkeypatch.setattr(report.report_jobs, "running", lambda _: 1 / 0)
+    parts = page("jobs", expect=1).parts
+    assert "cannot be shown: ZeroDivisionError" in parts["Running now"]
+    assert "Finished" in parts["Schedules"]
+
+
+def test_a_window_over_years_says_which_year(full, page):
+    full.execute("INSERT INTO alarms_history (object_id, alarm_id, start_time, end_time) "
+                 "SELECT o.id, min(a.id), '2016-03-01', '2019-06-01' FROM objects o, alarms a "
+                 "WHERE o.name = 'LAN-01' GROUP BY o.id")
+    shown = page("alarms", "--from", "2015-01-01 00:00:00", "--to", "2025-01-01 00:00:00").source
+    assert "01 Mar 2016 00:00 to 01 Jun 2019 00:00 (28488:00:00)" in shown
+    assert '<span>01<span class="wide"> Jan 2015</span>' in shown
