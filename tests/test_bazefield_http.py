@@ -23,6 +23,13 @@ import tables
     ({"BAZEFIELD_URL": "http://scada.example"}, "plain http is taken for localhost only"),
     ({"BAZEFIELD_URL": "https://u:p4ss@scada.example"}, "must not hold a user or password"),
     ({"BAZEFIELD_URL": "https://scada.example:x"}, "write https://HOST"),
+    ({"BAZEFIELD_URL": "https://u:p4ss@scada.example:x"}, "must not hold a user or password"),
+    ({"BAZEFIELD_URL": "https://u:p4/ss@scada.example"}, "must not hold a user or password"),
+    ({"BAZEFIELD_URL": "u:p4ss@scada.example"}, "must not hold a user or password"),
+    ({"BAZEFIELD_URL": "p4ss"}, "BAZEFIELD_URL (not shown; it has no ://): write https://HOST"),
+    ({"BAZEFIELD_URL": "https://scada.example/Baze Field"}, "fragment or blank"),
+    ({"BAZEFIELD_URL": "https://scada .example"}, "fragment or blank"),
+    ({"BAZEFIELD_URL": "https://scada.example/B\u00e4ze"}, "fragment or blank"),
     ({"BAZEFIELD_URL": "https://scada.example/?apikey=p4ss"}, "BAZEFIELD_URL='https://scada.exam"),
     ({"BAZEFIELD_URL": "https://[scada"}, "write https://HOST"),
     ({"BAZEFIELD_API_KEY": "a\nX-Evil: 1"}, "characters a header cannot carry"),
@@ -49,7 +56,12 @@ def test_wrong_settings_are_all_named(env, problem):
     ('{"allocations": {"route": "/api/{type}"}}', "allocations: {type} in its route; known: ['f"),
     ('{"insert_allocation": {"fields": {"start": ""}}}', "insert_allocation: '' is no name"),
     ('{"delete": {"route": "/api/{"}}', "Single '{' encountered"),
-    ("[" * 5_000, "BAZEFIELD_OPERATIONS="), ("7", "BAZEFIELD_OPERATIONS="),
+    ('{"delete": {"fields": {"from": "since"}}}', "delete: unknown fields ['from']; known: []"),
+    ('{"insert_allocation": {"fields": {"categoryID": "x"}}}', "unknown fields ['categoryID']"),
+    ('{"insert_allocation": {"fields": {"start": "End"}}}', "two of its fields have the same"),
+    ('{"delete": null}', "delete: write an object of verb"), ('{"delete": []}', "delete: write"),
+    ('{"delete": {"fields": null}}', "delete: write an object of verb"),
+    ("[" * 5_000, "BAZEFIELD_OPERATIONS="), ("7", "write an object, {"), ("[]", "write an"),
 ])
 def test_operations_that_cannot_be_called_are_named(tmp_path, changes, problem):
     (tmp_path / "operations.json").write_text(changes)
@@ -63,6 +75,12 @@ def test_missing_settings_fail_the_job_before_any_step(delete, monkeypatch):
     assert (job["state"], steps) == ("Failed", [])
     assert "BAZEFIELD_URL" in job["comment"]
     assert "BAZEFIELD_API_KEY" in job["comment"]
+
+
+@pytest.mark.parametrize("url", [" https://scada.example/x/ ", "https://scada.example/x\r\n"])
+def test_blanks_around_the_url_are_no_part_of_it(url):
+    settings = bazefield.read_settings({"BAZEFIELD_URL": url, "BAZEFIELD_API_KEY": "k"})
+    assert (settings.host, settings.path) == ("scada.example", "/x")
 
 
 def test_the_key_comes_from_a_file_too(scada, delete, monkeypatch, tmp_path):
