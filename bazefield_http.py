@@ -19,13 +19,14 @@ from typing import Any
 from urllib.parse import quote, urlencode, urlsplit
 
 from bazefield_answer import BazefieldError, error_inside, member, status_error
-from bazefield_settings import Settings
+from bazefield_settings import Settings, SettingsError
 from perfdb import clean
 
 TRIES = 5                         # of a call that may be repeated
 BUDGET_SECONDS = 120.0            # no further try after so long
 LONGEST_WAIT_SECONDS = 30.0       # between two tries, unless the server asks for longer
-BUSY = {408, 429, 502, 503, 504}  # worth another try
+BUSY = {408, 429, 502, 503, 504,   # worth another try
+        520, 521, 522, 523, 524}   # the same, as Cloudflare says it
 MAX_ANSWER_BYTES = 64_000_000
 LARGE_BYTES = 8_000_000           # of an answer whose memory is worth a thought
 SHOWN_BYTES = 20_000              # of an answer, at most, are looked at for what it says
@@ -112,7 +113,10 @@ class TimedBytes(io.RawIOBase):
 
 
 class Response(http.client.HTTPResponse):
-    """An answer; interim ones before it (100 Continue, 103 Early Hints) are passed over."""
+    """An answer; interim ones before it (100 Continue, 103 Early Hints) are passed over.
+
+    A chunk of less than nothing is refused: Python would read on to the end of the connection.
+    """
 
     def _read_status(self) -> tuple[str, int, str]:
         while True:
@@ -120,6 +124,11 @@ class Response(http.client.HTTPResponse):
             if not 100 <= status < 200:
                 return version, status, reason
             http.client.parse_headers(self.fp)
+
+    def _read_next_chunk_size(self) -> int:
+        if (size := super()._read_next_chunk_size()) < 0:
+            raise ValueError("a negative size")
+        return size
 
 
 def seconds_left(until: float) -> float:
@@ -131,25 +140,37 @@ def seconds_left(until: float) -> float:
 
 def connect(settings: Settings, until: float) -> http.client.HTTPConnection:
     """Return an open connection; raise `OSError` if there is none by `until`."""
-    connection = http.client.HTTPConnection(settings.host, settings.port)
+    literal = f"[{settings.host}]" if ":" in settings.host else settings.host
+    connection = http.client.HTTPConnection(literal, settings.port)
     connection.response_class = Response
     port = settings.port or (443 if settings.scheme == "https" else 80)
     raw = _first_of(socket.getaddrinfo(settings.host, port, type=socket.SOCK_STREAM), until)
     raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if settings.scheme == "https":
-        import ssl
         raw.settimeout(seconds_left(until))
-        raw = ssl.create_default_context(cafile=settings.ca_bundle).wrap_socket(
-            raw, server_hostname=settings.host)
+        raw = tls_context(settings).wrap_socket(raw, server_hostname=settings.host)
     connection.sock = TimedSocket(raw, until)
     return connection
 
 
+def tls_context(settings: Settings) -> Any:
+    import ssl
+    try:
+        return ssl.create_default_context(cafile=settings.ca_bundle)
+    except OSError as exc:
+        raise SettingsError(f"BAZEFIELD_CA_BUNDLE={settings.ca_bundle!r} cannot be used: {exc}; "
+                            "write a file of certificates in PEM") from None
+
+
 def _first_of(addresses: list[Any], until: float) -> socket.socket:
-    """Return a connection to the first address that takes it, all within the time left."""
+    """Return a connection to the first address that takes it, all within the time left.
+
+    Each has its share of that: one that is silent leaves the others theirs.
+    """
     for n, (*_, address) in enumerate(addresses, 1):
         try:
-            return socket.create_connection(address[:2], seconds_left(until))
+            share = seconds_left(until) / (len(addresses) - n + 1)
+            return socket.create_connection(address[:2], share)
         except OSError:
             if n == len(addresses):
                 raise
@@ -236,7 +257,9 @@ class Client:
                 wait = max(again.retry_after,
                            random.uniform(0, min(LONGEST_WAIT_SECONDS, 0.25 * 2 ** tries)))
                 if not may or tries == TRIES or time.monotonic() + wait > until:
-                    text = again.text + (f", {tries} tries" if may else "")
+                    text = again.text + (f", {tries} tries" if may and tries > 1 else "")
+                    if again.retry_after:
+                        text += f"; it asks for {again.retry_after:,.0f} s until the next"
                     raise self.error(name, text, BazefieldError if may else LostAnswer) from None
             self.sleep(wait)
         raise AssertionError("unreachable")
@@ -284,18 +307,19 @@ class Client:
         except BaseException as exc:  # half an answer must not be read by the next call
             unheard = self._connection is None
             self.close()
-            if not isinstance(exc, Exception):
-                raise  # the step's time is over
+            if isinstance(exc, SettingsError) or not isinstance(exc, Exception):
+                raise  # or the step's time is over
             if type(exc).__name__ == "SSLCertVerificationError":
+                hint = TLS_HINTS.get(exc.verify_code, "name its authority in BAZEFIELD_CA_BUNDLE")
                 raise self.error(name, "the server's certificate is not trusted: "
-                                 f"{exc.verify_message}; name its authority in BAZEFIELD_CA_BUNDLE"
-                                 ) from None
+                                 f"{exc.verify_message}; {hint}") from None
             raise _Again(f"no answer from {self.settings.host}: {self._why(exc)}",
                          unheard) from None
         if response.will_close:
             self.close()
         self._check_status(name, response, body)
-        return self._parsed(name, response, body, shrink)
+        # What is no answer leaves open what was done, and what is still to come.
+        return self._parsed(name, response, body, shrink, BazefieldError if repeat else LostAnswer)
 
     def _exchange(self, verb: str, path: str, content: bytes | None,
                   repeat: bool) -> tuple[http.client.HTTPResponse, bytearray]:
@@ -337,19 +361,21 @@ class Client:
         if status in BUSY:
             raise _Again(f"status {status}: {self._said(body)}", status == 429,
                          retry_after(response))
-        if 300 <= status < 400:
-            raise self.error(name, f"redirected to {redirected_to(response)!r}, which is not "
-                             "followed; set BAZEFIELD_URL")
+        if 300 <= status < 400 and response.getheader("Location"):
+            there = redirected_to(response, self.settings.host)
+            raise self.error(name, f"redirected to {there!r}, which is not followed; check "
+                             "BAZEFIELD_URL and the API key")
         if not 200 <= status < 300:
             raise self.error(name, f"status {status}: {self._said(body)}{HINTS.get(status, '')}")
 
     def _parsed(self, name: str, response: http.client.HTTPResponse, body: bytearray,
-                shrink: Any) -> Any:
-        """Return what a success holds, None if nothing; raise if that is no JSON or an error."""
+                shrink: Any, nonsense: type[BazefieldError]) -> Any:
+        """Return what a success holds, None if nothing; raise if that is an error or no JSON."""
         coding = response.getheader("Content-Encoding", "identity")
         if coding.strip().lower() not in ("", "identity"):
             raise self.error(name, f"status {response.status}, but the answer is compressed "
-                             f"({coding}), which was not asked for; what on the way does that?")
+                             f"({coding}), which was not asked for; what on the way does that?",
+                             nonsense)
         if not body:
             return None
         try:
@@ -357,12 +383,13 @@ class Client:
             del body[SHOWN_BYTES:]  # or a large answer would take its memory twice
             value = json.loads(text, object_hook=shrink)
         except RecursionError:
-            raise self.error(name, "an answer that is nested too deep") from None
+            raise self.error(name, "an answer that is nested too deep", nonsense) from None
         except ValueError:
             said = self._said(body)
             if response.getheader("Content-Length") is None and not response.chunked:
                 raise _Again(f"no whole answer: {said}") from None  # cut short, for all we know
-            raise self.error(name, f"status {response.status}, but no JSON: {said}") from None
+            raise self.error(name, f"status {response.status}, but no JSON: {said}",
+                             nonsense) from None
         if text := error_inside(value):
             raise self.error(name, f"status {response.status}, but {text}")
         return value
@@ -387,13 +414,22 @@ class Client:
 HINTS = {401: "; check the API key",
          403: "; the key's user lacks the right (write access to the tag's data is separate from "
               "access to the object)"}
+HINTS[404] = HINTS[405] = "; check BAZEFIELD_URL and the route (python bazefield.py --check)"
+
+#: by X509_V_ERR_...: not yet valid, expired, host name, IP address
+TLS_HINTS = dict.fromkeys((9, 10), "have it renewed, or look at the clock of this machine")
+TLS_HINTS |= dict.fromkeys((62, 64), "write the host to BAZEFIELD_URL as the certificate names it")
 
 
-def redirected_to(response: http.client.HTTPResponse) -> str | None:
+def redirected_to(response: http.client.HTTPResponse, host: str) -> str:
+    """Return the host an answer redirects to; if that is none or ours, all but the query."""
     try:
-        return urlsplit(response.getheader("Location", "")).hostname
+        url = urlsplit(response.getheader("Location", ""))
+        if url.hostname not in (None, host):
+            return url.hostname
+        return (f"{url.scheme}://{host}" if url.hostname else "") + url.path
     except ValueError:
-        return None
+        return ""
 
 
 def retry_after(response: http.client.HTTPResponse) -> float:

@@ -98,6 +98,8 @@ class Handler(BaseHTTPRequestHandler):
         """Let the answer be lost."""
         if how == "504":
             return self.send(504, "Gateway Timeout")
+        if how in FAULTS:
+            return self.send(*FAULTS[how])
         if how == "never":
             self.server.never.wait(30)
         return self.hang_up()
@@ -112,6 +114,10 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "until closed":
             self.send(200, text, {"Content-Length": None, "Connection": "close"})
             return self.hang_up()
+        if fault == "negative chunk":
+            self.send(200, b"-1\r\n", {"Content-Length": None, "Transfer-Encoding": "chunked"})
+            while not self.server.never.wait(0.02):
+                self.wfile.write(b" " * 65_536)
         if fault in ("endless", "drip"):
             return self.go_on(b" " * 65_536 if fault == "endless" else b" ", fault == "drip")
         if fault == "late 408":  # unasked, on a connection that is idle
