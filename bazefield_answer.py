@@ -13,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from jobs import JobStepError
+from parameters import shorten
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 HEX_ID = re.compile("[0-9A-Fa-f]{16}")
@@ -59,7 +60,7 @@ def moment_ms(value: Any) -> int | None:
 
 
 def _number(value: float) -> int:
-    if isinstance(value, bool) or value != value or abs(value) > 1e18:
+    if isinstance(value, bool) or not 1e11 <= abs(value) <= 1e18:  # NaN, and seconds
         raise ValueError(value)
     return int(value)
 
@@ -92,7 +93,8 @@ def hex_id(value: Any) -> str | None:
 def is_object(value: Any, object_id: str) -> bool | None:
     """Whether an id, however it is spelled, is `object_id`; None if that cannot be told."""
     given = hex_id(value)
-    if isinstance(value, str) and value.isdecimal() and int(value) == int(object_id, 16):
+    if (isinstance(value, str) and re.fullmatch(r"\d{1,20}", value, re.ASCII)
+            and int(value) == int(object_id, 16)):
         given = object_id.upper() if len(value) != 16 else None  # 16 digits: decimal or hex?
     return given if given is None else given == object_id.upper()
 
@@ -149,7 +151,7 @@ class Answer:
         try:
             return moment_ms(self.value)
         except (ValueError, OverflowError):
-            raise self.wrong(f"is {self._shown()}, not a moment") from None
+            raise self.wrong(f"is {self.shown()}, not a moment") from None
 
     def wrong(self, what: str) -> BazefieldError:
         return BazefieldError(self.clean(f"{self.operation}: {self.path or 'the answer'} {what}"))
@@ -161,11 +163,13 @@ class Answer:
         """Return the value if it is of this kind or nothing."""
         fits = isinstance(self.value, kind) and (kind is bool or not isinstance(self.value, bool))
         if self.value is not None and not fits:
-            raise self.wrong(f"is {self._shown()}, not {KINDS[kind]}")
+            raise self.wrong(f"is {self.shown()}, not {KINDS[kind]}")
         return self.value
 
-    def _shown(self) -> str:
-        return KINDS[type(self.value)] if isinstance(self.value, dict | list) else repr(self.value)
+    def shown(self) -> str:
+        if isinstance(self.value, dict | list):
+            return KINDS[type(self.value)]
+        return shorten(repr(self.value), 80)
 
 
 def member(entry: Mapping[str, Any], name: str) -> Any:

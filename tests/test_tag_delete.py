@@ -170,6 +170,30 @@ def test_an_answer_that_cannot_be_attributed_is_named(scada, pauses, monkeypatch
     assert comment in str(exc.value)
 
 
+def test_samples_none_of_which_was_asked_for_are_an_error(plain, delete, monkeypatch):
+    samples = plain.samples
+    monkeypatch.setattr(plain, "samples", lambda *args: [
+        row | {"t": row["t"] // 1000} for row in samples(*args)])
+    _, steps = delete()
+    assert steps[0]["comment"] == (f"read: of 145 samples none lies between {T0 - 1} and "
+                                   f"{T0 + DAY}, as was asked for; the first is at {T0 // 1000}")
+    assert plain.calls("delete") == []
+
+
+def test_samples_at_the_bounds_of_an_empty_window_are_none(plain, delete, monkeypatch):
+    monkeypatch.setattr(plain, "samples", lambda *args: [{"t": T0 - DAY}, {"t": T0 + 2 * DAY}])
+    assert delete()[1][0]["result"] == {"found": 0, "deleted": 0}
+
+
+@pytest.mark.parametrize("spelled", [str, float])
+def test_a_sample_is_understood_however_it_is_spelled(plain, delete, monkeypatch, spelled):
+    points, samples = plain.objects[LAN_01]["points"], plain.samples
+    points["t"] = points.pop("ActivePower")
+    monkeypatch.setattr(plain, "samples", lambda *args: [
+        {"T": spelled(row["t"]), "V": 1} for row in samples(*args)])
+    assert delete(["t"])[1][0]["result"] == {"found": 144, "deleted": 144}
+
+
 def test_a_dry_run_deletes_nothing(scada, delete):
     before = times(scada)
     _, steps = delete(dry_run=True)
