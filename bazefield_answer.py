@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from urllib.parse import urlsplit
 
 from jobs import JobStepError
 from parameters import shorten
@@ -191,6 +192,17 @@ def error_inside(value: Any) -> str:
     info = member(value, "replyInfo")
     said = member(info, "error") if isinstance(info, dict) else info
     return "" if not said or NO_DATA.fullmatch(str(said).strip()) else str(said)
+
+
+def redirected_to(location: str, host: str) -> str:
+    """Return the host an answer redirects to; if that is none or `host`, all but the query."""
+    try:
+        url = urlsplit(location)
+        if url.hostname not in (None, host):
+            return url.hostname
+        return (f"{url.scheme}://{host}" if url.hostname else "") + url.path
+    except ValueError:
+        return ""
 
 
 def status_error(status: Any) -> str:

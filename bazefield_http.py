@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import codecs
+import functools
 import html
 import http.client
 import io
@@ -16,9 +17,9 @@ import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
-from urllib.parse import quote, urlencode, urlsplit
+from urllib.parse import quote, urlencode
 
-from bazefield_answer import BazefieldError, error_inside, member, status_error
+from bazefield_answer import BazefieldError, error_inside, member, redirected_to, status_error
 from bazefield_settings import Settings, SettingsError
 from perfdb import clean
 
@@ -42,26 +43,39 @@ class LostAnswer(BazefieldError):
 
 def secret_pattern(key: str) -> re.Pattern[str]:
     """Match a key as it is, percent-encoded, as JSON or HTML escapes, in hex and inside base64."""
-    raw = key.encode()
-    patterns = [_in_any_spelling(text) for text in (key, raw.hex())]
-    for lead in range(3):  # where in a group of three bytes the key begins
-        text = base64.b64encode(bytes(lead) + raw).decode()
-        inside = text[(lead * 8 + 5) // 6:(lead + len(raw)) * 8 // 6]  # what the key alone decides
-        if len(inside) > 3:
-            patterns += [rf"[\w+/-]{{0,2}}{_in_any_spelling(spelled)}[\w+/-]{{0,2}}"
-                         for spelled in {inside, inside.replace("+", "-").replace("/", "_")}]
-    return re.compile("|".join(patterns), re.IGNORECASE)
+    patterns = [_in_any_spelling(key)]
+    for raw in (key.encode(), key.encode("utf-16-le")):  # the second is .NET's "Unicode"
+        patterns.append(r"[\W_]{0,4}(?:0x)?".join(f"{byte:02x}" for byte in raw))
+        for lead in range(3):  # where in a group of three bytes the key begins
+            text = base64.b64encode(bytes(lead) + raw).decode()
+            inside = text[(lead * 8 + 5) // 6:(lead + len(raw)) * 8 // 6]  # the key alone decides
+            if len(inside) > 3:
+                patterns += map(_in_base64, {inside,
+                                             inside.replace("+", "-").replace("/", "_")})
+    return re.compile("|".join(patterns), re.IGNORECASE | re.ASCII)
+
+
+#: What may split a key: what is no visible ASCII, line ends that are escaped, tags. All that is
+#: repeated here and below has a limit, or a text of backslashes would take quadratic time.
+GAP = r"(?:[^!-~]|\\{1,8}[nrt]|%(?:25)?(?:0[9ad]|20)|<[^<>]{0,9}>){0,99}"
 
 
 def _in_any_spelling(text: str) -> str:
-    return r"\s*".join(map(_any_spelling, text))
+    return GAP.join(map(_any_spelling, text))
+
+
+def _in_base64(text: str) -> str:
+    """Match base64: of its characters only + and / are ever escaped."""
+    return rf"[\w+/-]{{0,2}}{GAP.join(c if c.isalnum() else _any_spelling(c) for c in text)}" \
+           r"[\w+/-]{0,2}"
 
 
 def _any_spelling(character: str) -> str:
     code, plain = ord(character), re.escape(character)
     named = html.escape(character)
-    return (rf"(?:\\*{plain}|%(?:25)*{code:02x}|\\+u00{code:02x}|\\+x{code:02x}|&#0*{code};|"
-            rf"&#x0*{code:x};" + (f"|{named})" if named != character else ")"))
+    return (rf"(?:\\{{0,8}}{plain}|%(?:25){{0,8}}{code:02x}|\\{{1,8}}(?:u00|x){code:02x}|"
+            rf"&#(?:0{{0,8}}{code}|x0{{0,8}}{code:x});"
+            + (f"|{named})" if named != character else ")"))
 
 
 # ---------------------------------------------------------------------------------------- one call
@@ -232,7 +246,6 @@ class Client:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self._secret = secret_pattern(settings.key)
         self._connection: http.client.HTTPConnection | None = None
 
     def call(self, name: str, *, body: Mapping[str, Any] | None = None,
@@ -269,9 +282,18 @@ class Client:
             self._connection.close()
             self._connection = None
 
+    @functools.cached_property
+    def _secret(self) -> re.Pattern[str]:
+        return secret_pattern(self.settings.key)
+
     def hide(self, text: str) -> str:
-        """Return `text` without the key, however it is spelled."""
-        return self._secret.sub("***", text)
+        """Return `text`, at most SHOWN_BYTES of it, without the key, however it is spelled."""
+        shown = self._secret.sub("***", text[:SHOWN_BYTES])
+        return shown if len(text) <= SHOWN_BYTES else self._cut(shown)
+
+    def _cut(self, text: str) -> str:
+        """Return `text` without its end, where half a key may stand."""
+        return text[:max(0, len(text) - 12 * len(self.settings.key))]
 
     def clean(self, text: str) -> str:
         """Return `text` on one line, 400 characters at most, without key or control character."""
@@ -362,7 +384,7 @@ class Client:
             raise _Again(f"status {status}: {self._said(body)}", status == 429,
                          retry_after(response))
         if 300 <= status < 400 and response.getheader("Location"):
-            there = redirected_to(response, self.settings.host)
+            there = redirected_to(response.getheader("Location"), self.settings.host)
             raise self.error(name, f"redirected to {there!r}, which is not followed; check "
                              "BAZEFIELD_URL and the API key")
         if not 200 <= status < 300:
@@ -401,7 +423,7 @@ class Client:
         """
         text = self.hide(body[:SHOWN_BYTES].decode("utf-8", "replace"))
         if len(body) >= SHOWN_BYTES:
-            text = text[:max(0, len(text) - 12 * len(self.settings.key))]
+            text = self._cut(text)
         try:
             if said := status_error(member(json.loads(text), "responseStatus")):
                 return said
@@ -419,17 +441,6 @@ HINTS[404] = HINTS[405] = "; check BAZEFIELD_URL and the route (python bazefield
 #: by X509_V_ERR_...: not yet valid, expired, host name, IP address
 TLS_HINTS = dict.fromkeys((9, 10), "have it renewed, or look at the clock of this machine")
 TLS_HINTS |= dict.fromkeys((62, 64), "write the host to BAZEFIELD_URL as the certificate names it")
-
-
-def redirected_to(response: http.client.HTTPResponse, host: str) -> str:
-    """Return the host an answer redirects to; if that is none or ours, all but the query."""
-    try:
-        url = urlsplit(response.getheader("Location", ""))
-        if url.hostname not in (None, host):
-            return url.hostname
-        return (f"{url.scheme}://{host}" if url.hostname else "") + url.path
-    except ValueError:
-        return ""
 
 
 def retry_after(response: http.client.HTTPResponse) -> float:

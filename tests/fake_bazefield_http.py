@@ -51,6 +51,13 @@ SPELLINGS = {
     "json": lambda key: "".join(f"\\u{ord(c):04x}" for c in key),
     "html": lambda key: "".join(f"&#{ord(c)};" for c in key),
     "hex": lambda key: key.encode().hex(),
+    "hex as .NET writes it": lambda key: key.encode().hex("-").upper(),
+    "hex of UTF-16": lambda key: key.encode("utf-16-le").hex(),
+    "base64 of UTF-16": lambda key: base64.b64encode(key.encode("utf-16-le")).decode(),
+    "escaped lines": lambda key: "\\r\\n".join(key),
+    "percent-encoded lines": lambda key: "%0D%0A".join(key),
+    "tags": lambda key: "<wbr>".join(key),
+    "blanks of no width": lambda key: "\xad".join(key),
     "basic": lambda key: base64.b64encode(f"{key}:".encode()).decode(),
     "base64 in base64's middle": lambda key: quote(base64.b64encode(f"x {key}".encode()), safe=""),
 }

@@ -336,6 +336,15 @@ def test_half_a_key_at_the_end_of_what_is_read_does_not_show(scada, pauses):
     assert "k3y" not in text
 
 
+@pytest.mark.parametrize("text", ["\\" * 20_000, "%25" * 7_000, "k3y" + "\n" * 20_000,
+                                  "&#0" * 7_000, "k3y-writ" * 3_000_000])
+def test_looking_for_the_key_takes_no_time(scada, pauses, text):
+    bazefield.client().hide("")
+    begun = time.monotonic()
+    assert len(str(bazefield.client().error("read", text))) <= 400
+    assert time.monotonic() - begun < 1
+
+
 def test_control_characters_are_shown_as_text(scada, delete, caplog):
     scada.faults += [("read", "controls")]
     _, steps = delete()
