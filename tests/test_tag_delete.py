@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import time
 from datetime import UTC, datetime, timedelta
 
 import fake_bazefield
@@ -263,6 +264,21 @@ def test_an_unknown_name_fails_its_step_with_the_nearest(scada, delete, call, co
     _, steps = delete(**call)
     assert comment in steps[0]["comment"]
     assert scada.calls("delete") == []
+
+
+@pytest.mark.parametrize("way", ["object_names", "object_filter"])
+def test_many_unknown_names_are_counted(scada, run, conn, way):
+    """And in no more time than it takes to know as many."""
+    conn.execute("INSERT INTO objects (object_model_id, name) "
+                 "SELECT 2, 'KOR-' || n FROM generate_series(1, 8000) AS n")
+    names = [f"KOR-{n}" for n in range(8_000)] + ["x" * 5_000] + [f"LAN {n}" for n in range(8_000)]
+    given = {"object_names": names, "object_filter": {"selected": {"instances": names}}}
+    begun = time.monotonic()
+    job, _ = run(baze_tag_delete.JobBazeTagDelete, {
+        way: given[way], "tags": ["ActivePower"], "start": START, "end": END})
+    assert ("'KOR-0'" in job["comment"], "and 7992 more" in job["comment"]) == (True, True)
+    assert len(job["comment"]) < 1_200
+    assert time.monotonic() - begun < 3
 
 
 def test_two_objects_of_one_name_are_not_guessed_between(scada, delete):
