@@ -118,6 +118,8 @@ class Client(http.Client):
             if not page and len({t for t in times if not ask <= t <= until}) > 2:  # its bounds
                 raise self.error("read", f"of {len(times)} samples none lies between {ask} and "
                                  f"{until}, as was asked for; the first is at {times[0]}")
+            if page and times != sorted(times):
+                self._check_order(object_id, point, ask, page[0])
             fresh = [t for t in page if t >= since]
             shared = min(seen, fresh.count(since))
             yield from fresh[shared:]
@@ -130,6 +132,13 @@ class Client(http.Client):
                 ask, seen = ask + 1, 0
                 since = max(since, ask)
             largest = max(largest, len(page))
+
+    def _check_order(self, object_id: str, point: str, since: int, first: int) -> None:
+        """Raise if a page that is not in order leaves out samples before its first."""
+        before = self._times(object_id, point, str(since), str(first - 1)) if since < first else []
+        if any(since <= t < first for t in before):
+            raise self.error("read", "the samples do not come oldest first, as was asked for, and "
+                             "not all at once: nobody can tell how many there are")
 
     def _times(self, object_id: str, point: str, since: str, until: str) -> list[int]:
         """Return the times of one page of samples, whatever lies outside included."""

@@ -195,6 +195,19 @@ def test_a_sample_is_understood_however_it_is_spelled(plain, delete, monkeypatch
     assert delete(["t"])[1][0]["result"] == {"found": 144, "deleted": 144}
 
 
+@pytest.mark.parametrize("cap", [None, 7])
+def test_samples_that_come_newest_first_are_counted_or_refused(plain, delete, monkeypatch, cap):
+    samples = plain.samples
+    monkeypatch.setattr(plain, "samples", lambda values, r: samples(
+        values, r | {"take": None})[::-1][:cap])
+    _, steps = delete()
+    if cap:
+        assert "the samples do not come oldest first" in steps[0]["comment"]
+        assert plain.calls("delete") == []
+    else:
+        assert steps[0]["result"] == {"found": 144, "deleted": 144}
+
+
 def test_a_dry_run_deletes_nothing(scada, delete):
     before = times(scada)
     _, steps = delete(dry_run=True)
