@@ -173,6 +173,17 @@ class Answer:
         return shorten(repr(self.value), 80)
 
 
+def as_object(pairs: list[tuple[str, Any]], shrink: Callable[[dict], Any] | None) -> Any:
+    """Return an object of JSON, or what `shrink` makes of it.
+
+    Raise `BazefieldError` if a member is there twice and differs: nobody can tell which is meant.
+    """
+    entry = dict(pairs)
+    if len(entry) < len(pairs) and (twice := [key for key, value in pairs if entry[key] != value]):
+        raise BazefieldError(f"{shorten(repr(twice[0]), 80)} is there twice in one object")
+    return shrink(entry) if shrink else entry
+
+
 def member(entry: Mapping[str, Any], name: str) -> Any:
     """Return a member whatever the case of its name, None if it is left out."""
     if name in entry:

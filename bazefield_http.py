@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import quote, urlencode
 
-from bazefield_answer import BazefieldError, error_inside, member, redirected_to, status_error
+from bazefield_answer import BazefieldError, as_object, error_inside, redirected_to
 from bazefield_settings import Settings, SettingsError
 from perfdb import clean
 
@@ -403,7 +403,9 @@ class Client:
         try:
             text = decoded(body)
             del body[SHOWN_BYTES:]  # or a large answer would take its memory twice
-            value = json.loads(text, object_hook=shrink)
+            value = json.loads(text, object_pairs_hook=lambda pairs: as_object(pairs, shrink))
+        except BazefieldError as exc:
+            raise self.error(name, f"status {response.status}, but {exc}", nonsense) from None
         except RecursionError:
             raise self.error(name, "an answer that is nested too deep", nonsense) from None
         except ValueError:
@@ -425,9 +427,9 @@ class Client:
         if len(body) >= SHOWN_BYTES:
             text = self._cut(text)
         try:
-            if said := status_error(member(json.loads(text), "responseStatus")):
+            if said := error_inside(json.loads(text)):
                 return said
-        except (ValueError, RecursionError, AttributeError, TypeError):
+        except (ValueError, RecursionError):
             pass
         lines = (line.strip() for line in re.sub("<[^>]*>", " ", text).splitlines())
         return next((line for line in lines if line), "(empty answer)")

@@ -111,6 +111,21 @@ def test_what_is_no_moment_is_said(value):
         bazefield_answer.Answer("op", {"x": value})["x"].moment()
 
 
+@pytest.mark.parametrize(("again", "understood"), [
+    (f'"{LAN_01}": {{"points": {{}}}}', False),
+    (f'"{LAN_01}": {{"points": {{"P": [{{"timeSeries": [{{"t": {T0}}}]}}]}}}}', True)])
+def test_what_is_there_twice_is_understood_if_it_is_the_same(scada, monkeypatch, pauses, again,
+                                                             understood):
+    monkeypatch.setattr(scada, "do_read", lambda r: (
+        f'{{"objects": {{"{LAN_01}": {{"points": {{"P": [{{"timeSeries": [{{"t": {T0}}}]}}]}}}},'
+        f'{again}}}}}'))
+    if understood:
+        assert bazefield.client()._times(LAN_01, "P", "0", "1") == [T0]
+    else:
+        with pytest.raises(bazefield.BazefieldError, match=f"'{LAN_01}' is there twice in one"):
+            bazefield.client()._times(LAN_01, "P", "0", "1")
+
+
 @pytest.mark.parametrize("way", [
     "no data", "No data found.", "No values available", "No data for the period 1 to 2",
 ])
