@@ -22,6 +22,7 @@ import bazefield
 import object_filter
 from bazefield import STEP_OBJECTS_SQL, Lookup, waits
 from jobs import TIME, JobInstance, JobRequestError, JobStepError, parse_time, query
+from parameters import first_few, shorten
 
 CHUNK_MS = timedelta(days=30) // timedelta(milliseconds=1)  # longest period of one delete
 MOST_LEFT = 1000     # samples looked at when reading back
@@ -70,12 +71,13 @@ class JobBazeTagDelete(JobInstance):
             return [row[:2] for row in object_filter.select(self.connection,
                                                             self.parameters["object_filter"])]
         names = self.parameters["object_names"]
-        rows = query(self.connection, OBJECTS_SQL, {"names": names})
-        if missing := [name for name in names if name not in {row[1] for row in rows}]:
+        ids = {name: object_id for object_id, name in
+               query(self.connection, OBJECTS_SQL, {"names": names})}
+        if missing := [shorten(repr(name), 80) for name in names if name not in ids]:
             raise JobRequestError("Nothing was deleted: unknown objects "
-                                  f"{', '.join(map(repr, missing))}; see the table objects; "
+                                  f"{', '.join(first_few(missing))}; see the table objects; "
                                   "insert a corrected job")
-        return sorted(rows, key=lambda row: names.index(row[1]))
+        return [(ids[name], name) for name in names]
 
     def _run_step(self, step_id: int) -> dict[str, Any]:
         with bazefield.working() as client:

@@ -24,7 +24,7 @@ from urllib.parse import quote_plus
 
 import bazefield_http as http
 from bazefield_allocation import Allocation, Kind, Wanted, read_allocation
-from bazefield_answer import EPOCH, HEX_ID, NO_DATA, Answer, hex_id, is_object
+from bazefield_answer import EPOCH, HEX_ID, NO_DATA, Answer, hex_id, is_object, member
 from bazefield_answer import BazefieldError as BazefieldError
 from bazefield_answer import from_ms as from_ms
 from bazefield_answer import to_ms as to_ms
@@ -78,7 +78,7 @@ class Client(http.Client):
         """Return an object's id as the server spells it, if that is hex, else in hex."""
         value, object_id = given.value, hex_id(given.value)
         if object_id is None:
-            raise given.wrong(f"is {value!r}, no object's id")
+            raise given.wrong(f"is {given.shown()}, no object's id")
         return value if isinstance(value, str) and HEX_ID.fullmatch(value) else object_id
 
     def all_names(self) -> list[str]:
@@ -115,6 +115,11 @@ class Client(http.Client):
         while ask < until:
             times = self._times(object_id, point, str(ask), str(until))
             page = sorted(t for t in times if ask <= t < until)
+            if not page and len({t for t in times if not ask <= t <= until}) > 2:  # its bounds
+                raise self.error("read", f"of {len(times)} samples none lies between {ask} and "
+                                 f"{until}, as was asked for; the first is at {times[0]}")
+            if page and times != sorted(times):
+                self._check_order(object_id, point, ask, page[0])
             fresh = [t for t in page if t >= since]
             shared = min(seen, fresh.count(since))
             yield from fresh[shared:]
@@ -127,6 +132,13 @@ class Client(http.Client):
                 ask, seen = ask + 1, 0
                 since = max(since, ask)
             largest = max(largest, len(page))
+
+    def _check_order(self, object_id: str, point: str, since: int, first: int) -> None:
+        """Raise if a page that is not in order leaves out samples before its first."""
+        before = self._times(object_id, point, str(since), str(first - 1)) if since < first else []
+        if any(since <= t < first for t in before):
+            raise self.error("read", "the samples do not come oldest first, as was asked for, and "
+                             "not all at once: nobody can tell how many there are")
 
     def _times(self, object_id: str, point: str, since: str, until: str) -> list[int]:
         """Return the times of one page of samples, whatever lies outside included."""
@@ -161,8 +173,10 @@ class Client(http.Client):
                 for n, t in enumerate(samples.values())]
 
     def _moment(self, samples: Answer, n: int) -> int:
-        sample = Answer(samples.operation, samples.value[n], self.clean, f"{samples.path}[{n}].t")
-        moment = None if isinstance(sample.value, dict) else sample.moment()
+        value = samples.value[n]
+        value = member(value, "t") if isinstance(value, dict) else value
+        sample = Answer(samples.operation, value, self.clean, f"{samples.path}[{n}].t")
+        moment = sample.moment()
         if moment is None:
             raise sample.wrong("is missing")
         return moment
@@ -201,7 +215,7 @@ class Client(http.Client):
     def allocation_categories(self, type_id: int) -> list[Answer]:
         """Return the categories of one allocation type."""
         entries = self.ask("allocation_categories", query={"typeId": str(type_id)}).entries()
-        return [entry for entry in entries if entry["typeId"].value == type_id]
+        return [entry for entry in entries if entry["typeId"].whole(int) == type_id]
 
     def allocations(self, object_id: str, kind: Kind, since: int, until: int) -> list[Allocation]:
         """Return the allocations of one object and type that overlap [since, until).
@@ -223,7 +237,7 @@ class Client(http.Client):
                 continue
             if ours is None:
                 raise entry.wrong(f"(allocation {allocation.id}) is of objectId "
-                                  f"{entry['objectId'].value!r}: nobody can tell whose it is")
+                                  f"{entry['objectId'].shown()}: nobody can tell whose it is")
             found[allocation.id] = allocation
         return list(found.values())
 
@@ -252,7 +266,11 @@ class Client(http.Client):
 
 def sample_time(entry: dict[str, Any]) -> Any:
     """Keep the time of a sample alone: a large answer then takes a fifth of the memory."""
-    return entry["t"] if "t" in entry and "timeSeries" not in entry else entry
+    return entry["t"] if is_sample(entry) else entry
+
+
+def is_sample(entry: dict[str, Any]) -> bool:
+    return isinstance(entry.get("t"), int | float | str) and "timeSeries" not in entry
 
 
 def check_delete(object_id: str, point: str, since: int, last: int) -> None:
@@ -320,13 +338,19 @@ class Lookup:
 
     @functools.cached_property
     def _points(self) -> dict[str, tuple[str, set[str]]]:
-        ids = [known.upper() if known else (self._found.get(name) or [None])[0]
+        ids = [known.upper() if known else (self._found.get(name) or [""])[0]
                for name, known in self.objects.values()]
-        return self.client.points([i for i in ids if i])
+        return self.client.points([i for i in ids if HEX_ID.fullmatch(i)])
 
     def bazefield_id(self, object_id: int) -> str:
         """Return Bazefield's id of one of our objects; `JobStepError` if none or several."""
+        if object_id not in self.objects:
+            raise JobStepError("The object was deleted after the job was created; insert a new "
+                               "job")
         name, known = self.objects[object_id]
+        if known and not HEX_ID.fullmatch(known):
+            raise JobStepError(f"objects.bazefield_id of {name!r} is {known!r}; write 16 hex "
+                               "digits")
         ids = [known.upper()] if known else self._found.get(name, [])
         if len(ids) > 1:
             raise JobStepError(f"Bazefield has {len(ids)} objects named {name!r}: "

@@ -11,8 +11,10 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from urllib.parse import urlsplit
 
 from jobs import JobStepError
+from parameters import shorten
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 HEX_ID = re.compile("[0-9A-Fa-f]{16}")
@@ -59,7 +61,7 @@ def moment_ms(value: Any) -> int | None:
 
 
 def _number(value: float) -> int:
-    if isinstance(value, bool) or value != value or abs(value) > 1e18:
+    if isinstance(value, bool) or not 1e11 <= abs(value) <= 1e18:  # NaN, and seconds
         raise ValueError(value)
     return int(value)
 
@@ -92,7 +94,8 @@ def hex_id(value: Any) -> str | None:
 def is_object(value: Any, object_id: str) -> bool | None:
     """Whether an id, however it is spelled, is `object_id`; None if that cannot be told."""
     given = hex_id(value)
-    if isinstance(value, str) and value.isdecimal() and int(value) == int(object_id, 16):
+    if (isinstance(value, str) and re.fullmatch(r"\d{1,20}", value, re.ASCII)
+            and int(value) == int(object_id, 16)):
         given = object_id.upper() if len(value) != 16 else None  # 16 digits: decimal or hex?
     return given if given is None else given == object_id.upper()
 
@@ -149,7 +152,7 @@ class Answer:
         try:
             return moment_ms(self.value)
         except (ValueError, OverflowError):
-            raise self.wrong(f"is {self._shown()}, not a moment") from None
+            raise self.wrong(f"is {self.shown()}, not a moment") from None
 
     def wrong(self, what: str) -> BazefieldError:
         return BazefieldError(self.clean(f"{self.operation}: {self.path or 'the answer'} {what}"))
@@ -161,11 +164,24 @@ class Answer:
         """Return the value if it is of this kind or nothing."""
         fits = isinstance(self.value, kind) and (kind is bool or not isinstance(self.value, bool))
         if self.value is not None and not fits:
-            raise self.wrong(f"is {self._shown()}, not {KINDS[kind]}")
+            raise self.wrong(f"is {self.shown()}, not {KINDS[kind]}")
         return self.value
 
-    def _shown(self) -> str:
-        return KINDS[type(self.value)] if isinstance(self.value, dict | list) else repr(self.value)
+    def shown(self) -> str:
+        if isinstance(self.value, dict | list):
+            return KINDS[type(self.value)]
+        return shorten(repr(self.value), 80)
+
+
+def as_object(pairs: list[tuple[str, Any]], shrink: Callable[[dict], Any] | None) -> Any:
+    """Return an object of JSON, or what `shrink` makes of it.
+
+    Raise `BazefieldError` if a member is there twice and differs: nobody can tell which is meant.
+    """
+    entry = dict(pairs)
+    if len(entry) < len(pairs) and (twice := [key for key, value in pairs if entry[key] != value]):
+        raise BazefieldError(f"{shorten(repr(twice[0]), 80)} is there twice in one object")
+    return shrink(entry) if shrink else entry
 
 
 def member(entry: Mapping[str, Any], name: str) -> Any:
@@ -187,6 +203,17 @@ def error_inside(value: Any) -> str:
     info = member(value, "replyInfo")
     said = member(info, "error") if isinstance(info, dict) else info
     return "" if not said or NO_DATA.fullmatch(str(said).strip()) else str(said)
+
+
+def redirected_to(location: str, host: str) -> str:
+    """Return the host an answer redirects to; if that is none or `host`, all but the query."""
+    try:
+        url = urlsplit(location)
+        if url.hostname not in (None, host):
+            return url.hostname
+        return (f"{url.scheme}://{host}" if url.hostname else "") + url.path
+    except ValueError:
+        return ""
 
 
 def status_error(status: Any) -> str:

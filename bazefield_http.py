@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import codecs
+import functools
 import html
 import http.client
 import io
@@ -16,16 +17,17 @@ import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
-from urllib.parse import quote, urlencode, urlsplit
+from urllib.parse import quote, urlencode
 
-from bazefield_answer import BazefieldError, error_inside, member, status_error
-from bazefield_settings import Settings
+from bazefield_answer import BazefieldError, as_object, error_inside, redirected_to
+from bazefield_settings import Settings, SettingsError
 from perfdb import clean
 
 TRIES = 5                         # of a call that may be repeated
 BUDGET_SECONDS = 120.0            # no further try after so long
 LONGEST_WAIT_SECONDS = 30.0       # between two tries, unless the server asks for longer
-BUSY = {408, 429, 502, 503, 504}  # worth another try
+BUSY = {408, 429, 502, 503, 504,   # worth another try
+        520, 521, 522, 523, 524}   # the same, as Cloudflare says it
 MAX_ANSWER_BYTES = 64_000_000
 LARGE_BYTES = 8_000_000           # of an answer whose memory is worth a thought
 SHOWN_BYTES = 20_000              # of an answer, at most, are looked at for what it says
@@ -41,26 +43,39 @@ class LostAnswer(BazefieldError):
 
 def secret_pattern(key: str) -> re.Pattern[str]:
     """Match a key as it is, percent-encoded, as JSON or HTML escapes, in hex and inside base64."""
-    raw = key.encode()
-    patterns = [_in_any_spelling(text) for text in (key, raw.hex())]
-    for lead in range(3):  # where in a group of three bytes the key begins
-        text = base64.b64encode(bytes(lead) + raw).decode()
-        inside = text[(lead * 8 + 5) // 6:(lead + len(raw)) * 8 // 6]  # what the key alone decides
-        if len(inside) > 3:
-            patterns += [rf"[\w+/-]{{0,2}}{_in_any_spelling(spelled)}[\w+/-]{{0,2}}"
-                         for spelled in {inside, inside.replace("+", "-").replace("/", "_")}]
-    return re.compile("|".join(patterns), re.IGNORECASE)
+    patterns = [_in_any_spelling(key)]
+    for raw in (key.encode(), key.encode("utf-16-le")):  # the second is .NET's "Unicode"
+        patterns.append(r"[\W_]{0,4}(?:0x)?".join(f"{byte:02x}" for byte in raw))
+        for lead in range(3):  # where in a group of three bytes the key begins
+            text = base64.b64encode(bytes(lead) + raw).decode()
+            inside = text[(lead * 8 + 5) // 6:(lead + len(raw)) * 8 // 6]  # the key alone decides
+            if len(inside) > 3:
+                patterns += map(_in_base64, {inside,
+                                             inside.replace("+", "-").replace("/", "_")})
+    return re.compile("|".join(patterns), re.IGNORECASE | re.ASCII)
+
+
+#: What may split a key: what is no visible ASCII, line ends that are escaped, tags. All that is
+#: repeated here and below has a limit, or a text of backslashes would take quadratic time.
+GAP = r"(?:[^!-~]|\\{1,8}[nrt]|%(?:25)?(?:0[9ad]|20)|<[^<>]{0,9}>){0,99}"
 
 
 def _in_any_spelling(text: str) -> str:
-    return r"\s*".join(map(_any_spelling, text))
+    return GAP.join(map(_any_spelling, text))
+
+
+def _in_base64(text: str) -> str:
+    """Match base64: of its characters only + and / are ever escaped."""
+    return rf"[\w+/-]{{0,2}}{GAP.join(c if c.isalnum() else _any_spelling(c) for c in text)}" \
+           r"[\w+/-]{0,2}"
 
 
 def _any_spelling(character: str) -> str:
     code, plain = ord(character), re.escape(character)
     named = html.escape(character)
-    return (rf"(?:\\*{plain}|%(?:25)*{code:02x}|\\+u00{code:02x}|\\+x{code:02x}|&#0*{code};|"
-            rf"&#x0*{code:x};" + (f"|{named})" if named != character else ")"))
+    return (rf"(?:\\{{0,8}}{plain}|%(?:25){{0,8}}{code:02x}|\\{{1,8}}(?:u00|x){code:02x}|"
+            rf"&#(?:0{{0,8}}{code}|x0{{0,8}}{code:x});"
+            + (f"|{named})" if named != character else ")"))
 
 
 # ---------------------------------------------------------------------------------------- one call
@@ -112,7 +127,10 @@ class TimedBytes(io.RawIOBase):
 
 
 class Response(http.client.HTTPResponse):
-    """An answer; interim ones before it (100 Continue, 103 Early Hints) are passed over."""
+    """An answer; interim ones before it (100 Continue, 103 Early Hints) are passed over.
+
+    A chunk of less than nothing is refused: Python would read on to the end of the connection.
+    """
 
     def _read_status(self) -> tuple[str, int, str]:
         while True:
@@ -120,6 +138,11 @@ class Response(http.client.HTTPResponse):
             if not 100 <= status < 200:
                 return version, status, reason
             http.client.parse_headers(self.fp)
+
+    def _read_next_chunk_size(self) -> int:
+        if (size := super()._read_next_chunk_size()) < 0:
+            raise ValueError("a negative size")
+        return size
 
 
 def seconds_left(until: float) -> float:
@@ -131,25 +154,37 @@ def seconds_left(until: float) -> float:
 
 def connect(settings: Settings, until: float) -> http.client.HTTPConnection:
     """Return an open connection; raise `OSError` if there is none by `until`."""
-    connection = http.client.HTTPConnection(settings.host, settings.port)
+    literal = f"[{settings.host}]" if ":" in settings.host else settings.host
+    connection = http.client.HTTPConnection(literal, settings.port)
     connection.response_class = Response
     port = settings.port or (443 if settings.scheme == "https" else 80)
     raw = _first_of(socket.getaddrinfo(settings.host, port, type=socket.SOCK_STREAM), until)
     raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if settings.scheme == "https":
-        import ssl
         raw.settimeout(seconds_left(until))
-        raw = ssl.create_default_context(cafile=settings.ca_bundle).wrap_socket(
-            raw, server_hostname=settings.host)
+        raw = tls_context(settings).wrap_socket(raw, server_hostname=settings.host)
     connection.sock = TimedSocket(raw, until)
     return connection
 
 
+def tls_context(settings: Settings) -> Any:
+    import ssl
+    try:
+        return ssl.create_default_context(cafile=settings.ca_bundle)
+    except OSError as exc:
+        raise SettingsError(f"BAZEFIELD_CA_BUNDLE={settings.ca_bundle!r} cannot be used: {exc}; "
+                            "write a file of certificates in PEM") from None
+
+
 def _first_of(addresses: list[Any], until: float) -> socket.socket:
-    """Return a connection to the first address that takes it, all within the time left."""
+    """Return a connection to the first address that takes it, all within the time left.
+
+    Each has its share of that: one that is silent leaves the others theirs.
+    """
     for n, (*_, address) in enumerate(addresses, 1):
         try:
-            return socket.create_connection(address[:2], seconds_left(until))
+            share = seconds_left(until) / (len(addresses) - n + 1)
+            return socket.create_connection(address[:2], share)
         except OSError:
             if n == len(addresses):
                 raise
@@ -211,7 +246,6 @@ class Client:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self._secret = secret_pattern(settings.key)
         self._connection: http.client.HTTPConnection | None = None
 
     def call(self, name: str, *, body: Mapping[str, Any] | None = None,
@@ -236,7 +270,9 @@ class Client:
                 wait = max(again.retry_after,
                            random.uniform(0, min(LONGEST_WAIT_SECONDS, 0.25 * 2 ** tries)))
                 if not may or tries == TRIES or time.monotonic() + wait > until:
-                    text = again.text + (f", {tries} tries" if may else "")
+                    text = again.text + (f", {tries} tries" if may and tries > 1 else "")
+                    if again.retry_after:
+                        text += f"; it asks for {again.retry_after:,.0f} s until the next"
                     raise self.error(name, text, BazefieldError if may else LostAnswer) from None
             self.sleep(wait)
         raise AssertionError("unreachable")
@@ -246,9 +282,18 @@ class Client:
             self._connection.close()
             self._connection = None
 
+    @functools.cached_property
+    def _secret(self) -> re.Pattern[str]:
+        return secret_pattern(self.settings.key)
+
     def hide(self, text: str) -> str:
-        """Return `text` without the key, however it is spelled."""
-        return self._secret.sub("***", text)
+        """Return `text`, at most SHOWN_BYTES of it, without the key, however it is spelled."""
+        shown = self._secret.sub("***", text[:SHOWN_BYTES])
+        return shown if len(text) <= SHOWN_BYTES else self._cut(shown)
+
+    def _cut(self, text: str) -> str:
+        """Return `text` without its end, where half a key may stand."""
+        return text[:max(0, len(text) - 12 * len(self.settings.key))]
 
     def clean(self, text: str) -> str:
         """Return `text` on one line, 400 characters at most, without key or control character."""
@@ -284,18 +329,19 @@ class Client:
         except BaseException as exc:  # half an answer must not be read by the next call
             unheard = self._connection is None
             self.close()
-            if not isinstance(exc, Exception):
-                raise  # the step's time is over
+            if isinstance(exc, SettingsError) or not isinstance(exc, Exception):
+                raise  # or the step's time is over
             if type(exc).__name__ == "SSLCertVerificationError":
+                hint = TLS_HINTS.get(exc.verify_code, "name its authority in BAZEFIELD_CA_BUNDLE")
                 raise self.error(name, "the server's certificate is not trusted: "
-                                 f"{exc.verify_message}; name its authority in BAZEFIELD_CA_BUNDLE"
-                                 ) from None
+                                 f"{exc.verify_message}; {hint}") from None
             raise _Again(f"no answer from {self.settings.host}: {self._why(exc)}",
                          unheard) from None
         if response.will_close:
             self.close()
         self._check_status(name, response, body)
-        return self._parsed(name, response, body, shrink)
+        # What is no answer leaves open what was done, and what is still to come.
+        return self._parsed(name, response, body, shrink, BazefieldError if repeat else LostAnswer)
 
     def _exchange(self, verb: str, path: str, content: bytes | None,
                   repeat: bool) -> tuple[http.client.HTTPResponse, bytearray]:
@@ -337,32 +383,37 @@ class Client:
         if status in BUSY:
             raise _Again(f"status {status}: {self._said(body)}", status == 429,
                          retry_after(response))
-        if 300 <= status < 400:
-            raise self.error(name, f"redirected to {redirected_to(response)!r}, which is not "
-                             "followed; set BAZEFIELD_URL")
+        if 300 <= status < 400 and response.getheader("Location"):
+            there = redirected_to(response.getheader("Location"), self.settings.host)
+            raise self.error(name, f"redirected to {there!r}, which is not followed; check "
+                             "BAZEFIELD_URL and the API key")
         if not 200 <= status < 300:
             raise self.error(name, f"status {status}: {self._said(body)}{HINTS.get(status, '')}")
 
     def _parsed(self, name: str, response: http.client.HTTPResponse, body: bytearray,
-                shrink: Any) -> Any:
-        """Return what a success holds, None if nothing; raise if that is no JSON or an error."""
+                shrink: Any, nonsense: type[BazefieldError]) -> Any:
+        """Return what a success holds, None if nothing; raise if that is an error or no JSON."""
         coding = response.getheader("Content-Encoding", "identity")
         if coding.strip().lower() not in ("", "identity"):
             raise self.error(name, f"status {response.status}, but the answer is compressed "
-                             f"({coding}), which was not asked for; what on the way does that?")
+                             f"({coding}), which was not asked for; what on the way does that?",
+                             nonsense)
         if not body:
             return None
         try:
             text = decoded(body)
             del body[SHOWN_BYTES:]  # or a large answer would take its memory twice
-            value = json.loads(text, object_hook=shrink)
+            value = json.loads(text, object_pairs_hook=lambda pairs: as_object(pairs, shrink))
+        except BazefieldError as exc:
+            raise self.error(name, f"status {response.status}, but {exc}", nonsense) from None
         except RecursionError:
-            raise self.error(name, "an answer that is nested too deep") from None
+            raise self.error(name, "an answer that is nested too deep", nonsense) from None
         except ValueError:
             said = self._said(body)
             if response.getheader("Content-Length") is None and not response.chunked:
                 raise _Again(f"no whole answer: {said}") from None  # cut short, for all we know
-            raise self.error(name, f"status {response.status}, but no JSON: {said}") from None
+            raise self.error(name, f"status {response.status}, but no JSON: {said}",
+                             nonsense) from None
         if text := error_inside(value):
             raise self.error(name, f"status {response.status}, but {text}")
         return value
@@ -374,11 +425,11 @@ class Client:
         """
         text = self.hide(body[:SHOWN_BYTES].decode("utf-8", "replace"))
         if len(body) >= SHOWN_BYTES:
-            text = text[:max(0, len(text) - 12 * len(self.settings.key))]
+            text = self._cut(text)
         try:
-            if said := status_error(member(json.loads(text), "responseStatus")):
+            if said := error_inside(json.loads(text)):
                 return said
-        except (ValueError, RecursionError, AttributeError, TypeError):
+        except (ValueError, RecursionError):
             pass
         lines = (line.strip() for line in re.sub("<[^>]*>", " ", text).splitlines())
         return next((line for line in lines if line), "(empty answer)")
@@ -387,13 +438,11 @@ class Client:
 HINTS = {401: "; check the API key",
          403: "; the key's user lacks the right (write access to the tag's data is separate from "
               "access to the object)"}
+HINTS[404] = HINTS[405] = "; check BAZEFIELD_URL and the route (python bazefield.py --check)"
 
-
-def redirected_to(response: http.client.HTTPResponse) -> str | None:
-    try:
-        return urlsplit(response.getheader("Location", "")).hostname
-    except ValueError:
-        return None
+#: by X509_V_ERR_...: not yet valid, expired, host name, IP address
+TLS_HINTS = dict.fromkeys((9, 10), "have it renewed, or look at the clock of this machine")
+TLS_HINTS |= dict.fromkeys((62, 64), "write the host to BAZEFIELD_URL as the certificate names it")
 
 
 def retry_after(response: http.client.HTTPResponse) -> float:

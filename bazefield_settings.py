@@ -110,19 +110,26 @@ def read_settings(env: Mapping[str, str] = os.environ) -> Settings:
 
 def _read_url(text: str, problems: list[str]) -> Any:
     try:
-        url = urlsplit(text)
+        url = urlsplit(text.strip())
         url.port  # noqa: B018  raises if it is no number
     except ValueError:
         url = urlsplit("")
     local = url.hostname in ("localhost", "127.0.0.1", "::1")
-    if url.username or url.password:
+    spelled = re.fullmatch(r"[\w.:-]+", url.hostname or "") and re.fullmatch("[!-~]*", url.path)
+    if "@" in text:
         problems.append("BAZEFIELD_URL must not hold a user or password")
-    elif not url.hostname or url.query or url.fragment or not (
+    elif not spelled or url.query or url.fragment or not (
             url.scheme == "https" or (url.scheme == "http" and local)):
-        shown = re.sub("[?#].*", "?...", text, flags=re.DOTALL)  # a key might stand there
-        problems.append(f"BAZEFIELD_URL={shown!r}: write https://HOST (plain http is taken for "
-                        "localhost only), without user, query or fragment")
+        problems.append(f"BAZEFIELD_URL{_shown_url(text)}: write https://HOST (plain http is "
+                        "taken for localhost only), without user, query, fragment or blank")
     return url
+
+
+def _shown_url(text: str) -> str:
+    """Return what may be shown of a wrong URL: it may hold a key, or be one by mistake."""
+    if text and "://" not in text:
+        return " (not shown; it has no ://)"
+    return "=" + repr(re.sub("[?#].*", "?...", text, flags=re.DOTALL))
 
 
 def _read_key(env: Mapping[str, str], problems: list[str]) -> str:
@@ -177,17 +184,29 @@ def _read_operations(env: Mapping[str, str], problems: list[str]) -> dict[str, O
     try:
         with open(file, encoding="utf-8-sig") as stream:
             changes = json.load(stream)
+        if not isinstance(changes, dict):
+            raise ValueError('write an object, {"insert_allocation": {"route": ...}, ...}')
         for name, change in changes.items():
-            if unknown := set(change) - {"verb", "route", "metadata", "fields"}:
-                raise ValueError(f"{name}: unknown {sorted(unknown)}")
-            operations[name] = checked(name, replace(operations[name], **change | {
-                "fields": {**operations[name].fields, **change.get("fields", {})}}))
+            operations[name] = changed(name, operations[name], change)
     except KeyError as exc:
         problems.append(f"BAZEFIELD_OPERATIONS={file!r}: no operation {exc}; "
                         f"known: {', '.join(OPERATIONS)}")
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as exc:
+    except (OSError, ValueError, TypeError, RecursionError) as exc:
         problems.append(f"BAZEFIELD_OPERATIONS={file!r}: {exc}")
     return operations
+
+
+def changed(name: str, operation: Operation, change: Any) -> Operation:
+    """Return an operation as the file wants it; raise `ValueError` if that makes no sense."""
+    fields = change.get("fields", {}) if isinstance(change, dict) else None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{name}: write an object of verb, route, metadata, fields")
+    if unknown := set(change) - {"verb", "route", "metadata", "fields"}:
+        raise ValueError(f"{name}: unknown {sorted(unknown)}")
+    if unknown := set(fields) - set(operation.fields):
+        raise ValueError(f"{name}: unknown fields {sorted(unknown)}; "
+                         f"known: {sorted(operation.fields)}")
+    return checked(name, replace(operation, **change | {"fields": {**operation.fields, **fields}}))
 
 
 #: What a route may name, by operation; others name nothing.
@@ -206,4 +225,6 @@ def checked(name: str, operation: Operation) -> Operation:
         raise ValueError(f"{name}: {{{unknown.pop()}}} in its route; known: {sorted(known)}")
     if wrong := [f for f in operation.fields.values() if not (f and isinstance(f, str))]:
         raise ValueError(f"{name}: {wrong[0]!r} is no name of a field")
+    if len({f.lower() for f in operation.fields.values()}) < len(operation.fields):
+        raise ValueError(f"{name}: two of its fields have the same name")
     return operation

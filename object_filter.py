@@ -15,6 +15,7 @@ import psycopg
 from psycopg.types.json import Jsonb
 
 from jobs import JobRequestError, query
+from parameters import first_few, shorten
 
 _NAMES = {"type": "array", "items": {"type": "string", "minLength": 1}}
 _HALF = {"type": "object", "additionalProperties": False,
@@ -46,10 +47,11 @@ WITH RECURSIVE asked AS (
       FROM asked
       LEFT JOIN (objects o
                  JOIN object_models m ON m.id = o.object_model_id
-                 JOIN object_types t  ON t.id = m.object_type_id)
-             ON asked.name = CASE asked.kind WHEN 'instances' THEN o.name
-                                             WHEN 'models'    THEN m.name
-                                             WHEN 'types'     THEN t.name END
+                 JOIN object_types t  ON t.id = m.object_type_id
+                CROSS JOIN LATERAL (VALUES ('instances', o.name), ('models', m.name),
+                                           ('types', t.name)) AS called (kind, name))
+             ON called.kind = asked.kind
+            AND called.name = asked.name
      WHERE asked.kind <> 'parent'
      UNION
     SELECT asked.half, asked.kind, asked.name, leaf.id
@@ -70,6 +72,7 @@ SELECT o.id, o.name, o.bazefield_id,
   LEFT JOIN objects o ON o.id IN (SELECT id FROM named WHERE half = 'selected')
                      AND o.id NOT IN (SELECT id FROM named
                                        WHERE half = 'ignored' AND id IS NOT NULL)
+                     AND NOT EXISTS (SELECT FROM named WHERE id IS NULL)  -- else on every row
  ORDER BY o.name
 """
 
@@ -86,8 +89,10 @@ def select(connection: psycopg.Connection,
                               "parent")
     rows = query(connection, SELECT_SQL, {"filter": Jsonb(object_filter)})
     if unknown := rows[0][3]:
-        raise JobRequestError("object_filter names what no object has: " + ", ".join(unknown)
-                              + "; see objects, object_models, object_types")
+        shown = first_few([shorten(name, 100) for name in unknown])
+        raise JobRequestError("object_filter names what no object has, or a parent with nothing "
+                              f"below it: {', '.join(shown)}; see objects, object_models, "
+                              "object_types")
     if rows[0][0] is None:
         raise JobRequestError("object_filter: nothing is left of selected after ignored was taken "
                               "out")

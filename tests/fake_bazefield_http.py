@@ -51,6 +51,13 @@ SPELLINGS = {
     "json": lambda key: "".join(f"\\u{ord(c):04x}" for c in key),
     "html": lambda key: "".join(f"&#{ord(c)};" for c in key),
     "hex": lambda key: key.encode().hex(),
+    "hex as .NET writes it": lambda key: key.encode().hex("-").upper(),
+    "hex of UTF-16": lambda key: key.encode("utf-16-le").hex(),
+    "base64 of UTF-16": lambda key: base64.b64encode(key.encode("utf-16-le")).decode(),
+    "escaped lines": lambda key: "\\r\\n".join(key),
+    "percent-encoded lines": lambda key: "%0D%0A".join(key),
+    "tags": lambda key: "<wbr>".join(key),
+    "blanks of no width": lambda key: "\xad".join(key),
     "basic": lambda key: base64.b64encode(f"{key}:".encode()).decode(),
     "base64 in base64's middle": lambda key: quote(base64.b64encode(f"x {key}".encode()), safe=""),
 }
@@ -98,6 +105,8 @@ class Handler(BaseHTTPRequestHandler):
         """Let the answer be lost."""
         if how == "504":
             return self.send(504, "Gateway Timeout")
+        if how in FAULTS:
+            return self.send(*FAULTS[how])
         if how == "never":
             self.server.never.wait(30)
         return self.hang_up()
@@ -112,6 +121,10 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "until closed":
             self.send(200, text, {"Content-Length": None, "Connection": "close"})
             return self.hang_up()
+        if fault == "negative chunk":
+            self.send(200, b"-1\r\n", {"Content-Length": None, "Transfer-Encoding": "chunked"})
+            while not self.server.never.wait(0.02):
+                self.wfile.write(b" " * 65_536)
         if fault in ("endless", "drip"):
             return self.go_on(b" " * 65_536 if fault == "endless" else b" ", fault == "drip")
         if fault == "late 408":  # unasked, on a connection that is idle

@@ -11,6 +11,7 @@ import bazefield
 import bazefield_answer
 import bazefield_settings
 import control
+import jobs
 
 ROOT = Path(__file__).parents[1]
 
@@ -79,6 +80,17 @@ def test_an_object_that_cannot_be_told_is_an_error(scada, monkeypatch, pauses, e
         bazefield.client().find_objects(["LAN-01"])
 
 
+def test_an_object_that_is_gone_or_has_no_proper_id_is_named(scada, pauses):
+    """The tables may be views of one's own, and a retry comes when it comes."""
+    lookup = bazefield.Lookup(bazefield.client(), [(1, "LAN-01", LAN_01), (2, "X", "LAN")])
+    with pytest.raises(jobs.JobStepError, match="deleted after the job was created"):
+        lookup.bazefield_id(7)
+    with pytest.raises(jobs.JobStepError, match="bazefield_id of 'X' is 'LAN'; write 16 hex digi"):
+        lookup.bazefield_id(2)
+    assert lookup.point(LAN_01, "ActivePower") == (LAN_01, "ActivePower")
+    assert scada.calls("points")[0]["objectids"] == [LAN_01]
+
+
 @pytest.mark.parametrize(("value", "ms"), [
     ("2026-03-01T00:00:00", T0), ("2026-03-01T00:00:00.0000000", T0),
     ("2026-03-01T00:00:00.1239999Z", T0 + 123), ("2026-03-01T01:00:00+01:00", T0),
@@ -91,11 +103,27 @@ def test_moments_are_understood_however_they_are_spelled(value, ms):
     assert bazefield_answer.moment_ms(value) == ms
 
 
-@pytest.mark.parametrize("value", ["soon", "2026", True, [], {}, float("nan"), float("inf"),
-                                   10**30, "/Date(x)/", "2026-02-30T00:00:00"])
+@pytest.mark.parametrize("value", ["soon", "2026", True, T0 // 1000, T0 / 1000, 0, [], {},
+                                   float("nan"), float("inf"), 10**30, "/Date(x)/",
+                                   "2026-02-30T00:00:00"])
 def test_what_is_no_moment_is_said(value):
     with pytest.raises(bazefield.BazefieldError, match=r"op: x is .*, not a moment"):
         bazefield_answer.Answer("op", {"x": value})["x"].moment()
+
+
+@pytest.mark.parametrize(("again", "understood"), [
+    (f'"{LAN_01}": {{"points": {{}}}}', False),
+    (f'"{LAN_01}": {{"points": {{"P": [{{"timeSeries": [{{"t": {T0}}}]}}]}}}}', True)])
+def test_what_is_there_twice_is_understood_if_it_is_the_same(scada, monkeypatch, pauses, again,
+                                                             understood):
+    monkeypatch.setattr(scada, "do_read", lambda r: (
+        f'{{"objects": {{"{LAN_01}": {{"points": {{"P": [{{"timeSeries": [{{"t": {T0}}}]}}]}}}},'
+        f'{again}}}}}'))
+    if understood:
+        assert bazefield.client()._times(LAN_01, "P", "0", "1") == [T0]
+    else:
+        with pytest.raises(bazefield.BazefieldError, match=f"'{LAN_01}' is there twice in one"):
+            bazefield.client()._times(LAN_01, "P", "0", "1")
 
 
 @pytest.mark.parametrize("way", [

@@ -2,9 +2,11 @@
 
 import json
 import logging
+import socket
 import subprocess
 import time
 import traceback
+from dataclasses import replace
 
 import pytest
 from bazefield_fixtures import LAN_01, T0, WANTED
@@ -23,6 +25,13 @@ import tables
     ({"BAZEFIELD_URL": "http://scada.example"}, "plain http is taken for localhost only"),
     ({"BAZEFIELD_URL": "https://u:p4ss@scada.example"}, "must not hold a user or password"),
     ({"BAZEFIELD_URL": "https://scada.example:x"}, "write https://HOST"),
+    ({"BAZEFIELD_URL": "https://u:p4ss@scada.example:x"}, "must not hold a user or password"),
+    ({"BAZEFIELD_URL": "https://u:p4/ss@scada.example"}, "must not hold a user or password"),
+    ({"BAZEFIELD_URL": "u:p4ss@scada.example"}, "must not hold a user or password"),
+    ({"BAZEFIELD_URL": "p4ss"}, "BAZEFIELD_URL (not shown; it has no ://): write https://HOST"),
+    ({"BAZEFIELD_URL": "https://scada.example/Baze Field"}, "fragment or blank"),
+    ({"BAZEFIELD_URL": "https://scada .example"}, "fragment or blank"),
+    ({"BAZEFIELD_URL": "https://scada.example/B\u00e4ze"}, "fragment or blank"),
     ({"BAZEFIELD_URL": "https://scada.example/?apikey=p4ss"}, "BAZEFIELD_URL='https://scada.exam"),
     ({"BAZEFIELD_URL": "https://[scada"}, "write https://HOST"),
     ({"BAZEFIELD_API_KEY": "a\nX-Evil: 1"}, "characters a header cannot carry"),
@@ -49,7 +58,12 @@ def test_wrong_settings_are_all_named(env, problem):
     ('{"allocations": {"route": "/api/{type}"}}', "allocations: {type} in its route; known: ['f"),
     ('{"insert_allocation": {"fields": {"start": ""}}}', "insert_allocation: '' is no name"),
     ('{"delete": {"route": "/api/{"}}', "Single '{' encountered"),
-    ("[" * 5_000, "BAZEFIELD_OPERATIONS="), ("7", "BAZEFIELD_OPERATIONS="),
+    ('{"delete": {"fields": {"from": "since"}}}', "delete: unknown fields ['from']; known: []"),
+    ('{"insert_allocation": {"fields": {"categoryID": "x"}}}', "unknown fields ['categoryID']"),
+    ('{"insert_allocation": {"fields": {"start": "End"}}}', "two of its fields have the same"),
+    ('{"delete": null}', "delete: write an object of verb"), ('{"delete": []}', "delete: write"),
+    ('{"delete": {"fields": null}}', "delete: write an object of verb"),
+    ("[" * 5_000, "BAZEFIELD_OPERATIONS="), ("7", "write an object, {"), ("[]", "write an"),
 ])
 def test_operations_that_cannot_be_called_are_named(tmp_path, changes, problem):
     (tmp_path / "operations.json").write_text(changes)
@@ -63,6 +77,12 @@ def test_missing_settings_fail_the_job_before_any_step(delete, monkeypatch):
     assert (job["state"], steps) == ("Failed", [])
     assert "BAZEFIELD_URL" in job["comment"]
     assert "BAZEFIELD_API_KEY" in job["comment"]
+
+
+@pytest.mark.parametrize("url", [" https://scada.example/x/ ", "https://scada.example/x\r\n"])
+def test_blanks_around_the_url_are_no_part_of_it(url):
+    settings = bazefield.read_settings({"BAZEFIELD_URL": url, "BAZEFIELD_API_KEY": "k"})
+    assert (settings.host, settings.path) == ("scada.example", "/x")
 
 
 def test_the_key_comes_from_a_file_too(scada, delete, monkeypatch, tmp_path):
@@ -98,6 +118,31 @@ def test_tls_is_verified(certificate, monkeypatch, pauses):
         assert scada.log == []
         monkeypatch.setenv("BAZEFIELD_CA_BUNDLE", certificate[0])
         assert bazefield.client().all_names() == ["LAN-01"]
+        monkeypatch.setenv("BAZEFIELD_URL", scada.url.replace("localhost", "127.0.0.1"))
+        with pytest.raises(bazefield.BazefieldError, match=r"IP address .*; write the host to"):
+            bazefield.client().all_names()
+        monkeypatch.setenv("BAZEFIELD_CA_BUNDLE", __file__)
+        with pytest.raises(bazefield.BazefieldError, match=r"BAZEFIELD_CA_BUNDLE='.*' cannot be"):
+            bazefield.client().all_names()
+        assert pauses == []
+
+
+def test_a_host_may_be_an_ipv6_address_without_a_port(plain, monkeypatch):
+    monkeypatch.setattr(bazefield_http, "_first_of", lambda addresses, until:
+                        socket.create_connection(("127.0.0.1", plain.server_port)))
+    for host in ("2001:db8::1", "2001:db8::abcd"):
+        settings = replace(bazefield.read_settings(), host=host, port=None)
+        assert bazefield_http.connect(settings, time.monotonic() + 1).host == host
+
+
+def test_an_address_that_is_silent_leaves_the_others_their_time(plain, pauses, monkeypatch):
+    monkeypatch.setenv("BAZEFIELD_TIMEOUT", "2")
+    with socket.create_server(("127.0.0.2", 0), backlog=0) as silent, socket.socket() as waiting:
+        waiting.connect(silent.getsockname())  # its queue is full: others get no answer
+        addresses = [(2, 1, 6, "", silent.getsockname()), (2, 1, 6, "", plain.server_address)]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda host, port, *more, **names: [
+            (2, 1, 6, "", (host, port))] if host[:1].isdigit() else addresses)
+        assert len(bazefield.client().all_names()) == 2
 
 
 def test_one_connection_is_kept(plain, pauses, monkeypatch):
@@ -143,6 +188,28 @@ def test_a_step_that_is_timed_out_leaves_no_half_read_answer(plain, delete, conn
     assert steps[1]["result"] == {"found": 144, "deleted": 144}
 
 
+def test_a_wait_that_is_too_long_is_named(plain, pauses, monkeypatch):
+    monkeypatch.setitem(FAULTS, "429", (429, "slow down", {"Retry-After": "9999"}))
+    plain.faults += [("list_objects", "429")]
+    with pytest.raises(bazefield.BazefieldError,
+                       match=r"status 429: slow down; it asks for 9,999 s until the next$"):
+        bazefield.client().all_names()
+
+
+@pytest.mark.parametrize(("location", "shown"), [
+    ("/login?key=KEY", "redirected to '/login', which"), ("http://[::1", "redirected to ''"),
+    ("https://localhost/login?key=KEY", "redirected to 'https://localhost/login'"),
+    ("https://u:p4ss@elsewhere.example/x", "redirected to 'elsewhere.example'"),
+    (None, "status 302: (empty answer)"),
+])
+def test_where_a_redirection_leads_is_said(plain, pauses, monkeypatch, location, shown):
+    monkeypatch.setitem(FAULTS, "redirect", (302, "", {"Location": location}))
+    plain.faults += [("list_objects", "redirect")]
+    with pytest.raises(bazefield.BazefieldError) as exc:
+        bazefield.client().all_names()
+    assert shown in str(exc.value)
+
+
 def test_what_no_server_has_heard_may_be_sent_again(scada, pauses):
     scada.shutdown()
     scada.server_close()
@@ -161,6 +228,13 @@ def test_an_answer_without_an_end_is_given_up_at_the_limit(plain, pauses, monkey
         bazefield.client().all_names()
     assert pauses == []  # asking again would not make it shorter
     assert bazefield.client().all_names() == ["LAN-01", "LAN-02"]
+
+
+def test_a_chunk_of_negative_size_is_not_read_to_the_end(plain, pauses, monkeypatch):
+    monkeypatch.setenv("BAZEFIELD_TIMEOUT", "1")
+    plain.faults += [("list_objects", "negative chunk")] * bazefield_http.TRIES
+    with pytest.raises(bazefield.BazefieldError, match="it was cut short"):
+        bazefield.client().all_names()
 
 
 @pytest.mark.parametrize("large", [0, 10**6])
@@ -260,6 +334,15 @@ def test_half_a_key_at_the_end_of_what_is_read_does_not_show(scada, pauses):
     padding = "k3y-write" * 4_000
     text = bazefield.client()._said(bytearray(b" " * 5 + padding.encode()))
     assert "k3y" not in text
+
+
+@pytest.mark.parametrize("text", ["\\" * 20_000, "%25" * 7_000, "k3y" + "\n" * 20_000,
+                                  "&#0" * 7_000, "k3y-writ" * 3_000_000])
+def test_looking_for_the_key_takes_no_time(scada, pauses, text):
+    bazefield.client().hide("")
+    begun = time.monotonic()
+    assert len(str(bazefield.client().error("read", text))) <= 400
+    assert time.monotonic() - begun < 1
 
 
 def test_control_characters_are_shown_as_text(scada, delete, caplog):

@@ -45,6 +45,13 @@ def test_unknown_type_or_category_fails_the_step(scada, insert, change, comment)
     assert scada.allocations == {}
 
 
+@pytest.mark.parametrize(("given", "problem"), [("1", "is '1', not a who"), (None, "is missing")])
+def test_a_category_of_which_nobody_knows_the_type_is_named(scada, insert, given, problem):
+    scada.categories[0]["typeId"] = given
+    _, steps = insert()
+    assert steps[0]["comment"].startswith(f"allocation_categories: [0].typeId {problem}")
+
+
 @pytest.mark.parametrize("end", [T0 + 2 * HOUR, None])
 def test_on_overlap_fail_names_what_stands_there(scada, insert, end):
     scada.ways.cuts = False
@@ -253,7 +260,8 @@ def test_an_id_is_understood_however_it_is_spelled(plain, insert, conn, on_overl
 def test_what_cannot_be_attributed_stops_the_step_before_any_write(plain, insert):
     plain.add_allocation(LAN_01, 11, T0, T0 + HOUR)
     shown = plain.shown
-    for given in (None, "", float(int(LAN_01, 16)), "LAN-01", True, 2**64, [LAN_01], {"id": 1}):
+    for given in (None, "", float(int(LAN_01, 16)), "LAN-01", True, 2**64, [LAN_01], {"id": 1},
+                  "9" * 5_000):
         plain.shown = lambda a, *cut, given=given: shown(a, *cut) | {"objectId": given}
         _, steps = insert(on_overlap="replace")
         assert "nobody can tell whose it is" in steps[0]["comment"]
@@ -297,6 +305,7 @@ def test_an_allocation_that_makes_no_sense_is_named(plain, insert):
         ({"id": None}, "allocations: [0].id is missing"),
         ({"id": "x"}, "allocations: [0].id is 'x', not a whole number"),
         ({"start": None}, "allocations: [0] has no period"),
+        ({"start": T0 // 1000}, f"allocations: [0].start is {T0 // 1000}, not a moment"),
         ({"start": "soon"}, "allocations: [0].start is 'soon', not a moment"),
         ({"end": [1]}, "allocations: [0].end is a list, not a moment"),
         ({"end": "/Date(1e3)/"}, "allocations: [0].end is '/Date(1e3)/', not a moment"),

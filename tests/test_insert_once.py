@@ -6,6 +6,7 @@ import threading
 import psycopg
 import pytest
 from bazefield_fixtures import DAY, HOUR, LAN_01, LAN_02, T0, WANTED, insert_parameters
+from fake_bazefield_http import FAULTS
 from helpers import wait_for
 
 import baze_insert_alloc
@@ -22,10 +23,13 @@ def notes(conn):
         "SELECT * FROM bazefield_inserts"))
 
 
-@pytest.mark.parametrize("fault", ["504 late", "cut late", "never late"])
+@pytest.mark.parametrize("fault", ["504 late", "cut late", "never late", "html late", "deep late",
+                                   "524 late", "compressed late"])
 def test_what_arrives_after_its_answer_was_lost_is_seen_and_not_sent_again(
         scada, insert, monkeypatch, notes, fault):
     monkeypatch.setenv("BAZEFIELD_TIMEOUT", "0.2")
+    monkeypatch.setitem(FAULTS, "524", (524, "a timeout occurred", {}))
+    monkeypatch.setitem(FAULTS, "compressed", (200, "\x1f", {"Content-Encoding": "gzip"}))
     scada.ways.late = {}
     scada.faults += [("insert_allocation", fault)]
     _, steps = insert()

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import time
 from datetime import UTC, datetime, timedelta
 
 import fake_bazefield
@@ -170,6 +171,43 @@ def test_an_answer_that_cannot_be_attributed_is_named(scada, pauses, monkeypatch
     assert comment in str(exc.value)
 
 
+def test_samples_none_of_which_was_asked_for_are_an_error(plain, delete, monkeypatch):
+    samples = plain.samples
+    monkeypatch.setattr(plain, "samples", lambda *args: [
+        row | {"t": row["t"] // 1000} for row in samples(*args)])
+    _, steps = delete()
+    assert steps[0]["comment"] == (f"read: of 145 samples none lies between {T0 - 1} and "
+                                   f"{T0 + DAY}, as was asked for; the first is at {T0 // 1000}")
+    assert plain.calls("delete") == []
+
+
+def test_samples_at_the_bounds_of_an_empty_window_are_none(plain, delete, monkeypatch):
+    monkeypatch.setattr(plain, "samples", lambda *args: [{"t": T0 - DAY}, {"t": T0 + 2 * DAY}])
+    assert delete()[1][0]["result"] == {"found": 0, "deleted": 0}
+
+
+@pytest.mark.parametrize("spelled", [str, float])
+def test_a_sample_is_understood_however_it_is_spelled(plain, delete, monkeypatch, spelled):
+    points, samples = plain.objects[LAN_01]["points"], plain.samples
+    points["t"] = points.pop("ActivePower")
+    monkeypatch.setattr(plain, "samples", lambda *args: [
+        {"T": spelled(row["t"]), "V": 1} for row in samples(*args)])
+    assert delete(["t"])[1][0]["result"] == {"found": 144, "deleted": 144}
+
+
+@pytest.mark.parametrize("cap", [None, 7])
+def test_samples_that_come_newest_first_are_counted_or_refused(plain, delete, monkeypatch, cap):
+    samples = plain.samples
+    monkeypatch.setattr(plain, "samples", lambda values, r: samples(
+        values, r | {"take": None})[::-1][:cap])
+    _, steps = delete()
+    if cap:
+        assert "the samples do not come oldest first" in steps[0]["comment"]
+        assert plain.calls("delete") == []
+    else:
+        assert steps[0]["result"] == {"found": 144, "deleted": 144}
+
+
 def test_a_dry_run_deletes_nothing(scada, delete):
     before = times(scada)
     _, steps = delete(dry_run=True)
@@ -239,6 +277,21 @@ def test_an_unknown_name_fails_its_step_with_the_nearest(scada, delete, call, co
     _, steps = delete(**call)
     assert comment in steps[0]["comment"]
     assert scada.calls("delete") == []
+
+
+@pytest.mark.parametrize("way", ["object_names", "object_filter"])
+def test_many_unknown_names_are_counted(scada, run, conn, way):
+    """And in no more time than it takes to know as many."""
+    conn.execute("INSERT INTO objects (object_model_id, name) "
+                 "SELECT 2, 'KOR-' || n FROM generate_series(1, 8000) AS n")
+    names = [f"KOR-{n}" for n in range(8_000)] + ["x" * 5_000] + [f"LAN {n}" for n in range(8_000)]
+    given = {"object_names": names, "object_filter": {"selected": {"instances": names}}}
+    begun = time.monotonic()
+    job, _ = run(baze_tag_delete.JobBazeTagDelete, {
+        way: given[way], "tags": ["ActivePower"], "start": START, "end": END})
+    assert ("'KOR-0'" in job["comment"], "and 7992 more" in job["comment"]) == (True, True)
+    assert len(job["comment"]) < 1_200
+    assert time.monotonic() - begun < 3
 
 
 def test_two_objects_of_one_name_are_not_guessed_between(scada, delete):
