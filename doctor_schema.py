@@ -160,7 +160,8 @@ def schema(connection: psycopg.Connection) -> Iterator[str]:
         yield Note("schema: not compared with schema.sql, because this role may not make "
                    "temporary tables: GRANT TEMPORARY ON DATABASE to it")
     except psycopg.errors.ReadOnlySqlTransaction:
-        yield Note("schema: not compared with schema.sql on a standby; run doctor on the primary")
+        yield Note("schema: not compared with schema.sql on a standby or where "
+                   "default_transaction_read_only is on; run doctor on the primary, as the owner")
 
 
 def installed_version(connection: psycopg.Connection) -> int | None:
@@ -268,6 +269,9 @@ def _remedy(kind: str, name: str, wanted: Mapping[Thing, str], found: Mapping[Th
         return (f"DROP VIEW IF EXISTS v_job_steps, v_job_instances; {alter} ALTER {part} TYPE "
                 f"{definition} USING {part}::{definition}, then {INIT}, then GRANT on the views "
                 "anew")
+    if kind == "constraint" and actual == f"{definition} NOT VALID" and definition[:5] == "CHECK":
+        return (f"rows do not fit it, SELECT * FROM {table} WHERE NOT {definition[6:]} shows "  # noqa: S608
+                f"them: mend them, then {INIT}")
     if kind == "constraint":
         drop = f"DROP CONSTRAINT {part}, " if actual else ""
         return f"{alter} {drop}ADD CONSTRAINT {part} {definition}"
