@@ -36,6 +36,7 @@ import upgrade
 from job_lists import Refused, filters, list_jobs, log, show, stats, watch
 from parameters import parse as parse_parameters
 from perfdb import (
+    READ_ONLY,
     UnfitDatabase,
     connect,
     connect_plainly,
@@ -424,6 +425,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return status
     except psycopg.errors.UndefinedTable:
         return complain("the tables are missing: run `python jobctl.py init`", NO_DATABASE)
+    except psycopg.errors.ReadOnlySqlTransaction:
+        return complain(READ_ONLY, FAILED)
     except UnfitDatabase as exc:
         return complain(str(exc), NO_DATABASE)
     except psycopg.OperationalError as exc:
