@@ -42,6 +42,9 @@ SAMPLE_ROWS = 1000  # looked at to find out what the columns are
 DELIMITERS = ";\t|,"
 OBJECT_HEADS = {"object", "objectname", "turbine", "turbinename", "wtg", "device", "asset"}
 TIME_HEAD = re.compile("time|stamp|date|epoch|unix", re.IGNORECASE)
+NO_CSV = {b"PK\3\4": "an Excel workbook or a ZIP archive; save or unpack it as CSV first",
+          b"\xd0\xcf\x11\xe0": "an Excel workbook; save it as CSV first",
+          b"\x1f\x8b": "compressed by gzip; gunzip it first"}
 NONE_TEXTS = {"", "nan", "null"}
 NUMBER = re.compile(r"[+-]?(?=[.,]?\d)\d*(?:([.,])\d*)?(?:[eE][+-]?\d+)?", re.ASCII)
 #: numbers in groups of three digits, by their decimal sign
@@ -88,12 +91,16 @@ def encoding_of(path: Path) -> str:
     """Return the encoding: by its mark, else UTF-8, else UTF-16, else the western single bytes."""
     with path.open("rb") as file:
         start = file.read(1_000_000)
-    for mark, name in ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"),
-                       (codecs.BOM_UTF16_BE, "utf-16")):
+    for mark, what in NO_CSV.items():
+        if start.startswith(mark):
+            raise LayoutError([f"this is no CSV but {what}"])
+    for mark, name in ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"),
+                       (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")):
         if start.startswith(mark):
             return name
-    if b"\0" in start[:1000]:
-        return "utf-16-be" if start[:1] == b"\0" else "utf-16-le"
+    even, odd = (start[n:1000:2].count(0) for n in (0, 1))
+    if max(even, odd) > 4 * min(even, odd):  # else a logger has left zeros behind
+        return "utf-16-be" if even > odd else "utf-16-le"
     try:
         codecs.getincrementaldecoder("utf-8")().decode(start)
     except UnicodeDecodeError:
@@ -117,8 +124,12 @@ def rows(path: Path, encoding: str, delimiter: str) -> Iterator[tuple[int, list[
 
 
 def sample(path: Path, encoding: str, delimiter: str) -> list[tuple[int, list[str]]]:
-    """Return the first rows."""
-    return list(islice(rows(path, encoding, delimiter), SAMPLE_ROWS))
+    """Return the first rows. Raise `LayoutError` if they cannot be read in this encoding."""
+    try:
+        return list(islice(rows(path, encoding, delimiter), SAMPLE_ROWS))
+    except (LookupError, UnicodeError) as exc:
+        raise LayoutError([f"cannot be read as {encoding}: {exc}; --encoding says "
+                           "another, e.g. utf-8, latin-1"]) from None
 
 
 def cells(row: list[str]) -> int:
@@ -150,6 +161,11 @@ def time_columns(found: list[tuple[int, list[str]]]) -> list[int]:
     return [c for c in firsts if c not in plain] or named
 
 
+def tells(cell: str) -> bool:
+    """Return whether a cell is a number or a time, as no name is."""
+    return bool(NUMBER.fullmatch(cell) or csv_times.kinds(cell))
+
+
 def understand(path: Path, settings: dict[str, Any], park: Park,
                default_zone: str | None = None) -> Layout:
     """Return what the file means.
@@ -170,6 +186,8 @@ class _Look:
         self.time_names: list[str] = [time] if isinstance(time, str) else time
         self.default_zone = default_zone
         self.problems: list[str] = []
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise LayoutError(["it can be read only once; write it to a file first"])
         self.encoding = settings.get("encoding") or encoding_of(path)
         try:
             codecs.lookup(self.encoding)
@@ -180,6 +198,9 @@ class _Look:
         self.found = sample(path, self.encoding, self.delimiter)
         if not self.found:
             raise LayoutError([f"there is no row in it (encoding {self.encoding})"])
+        if len(self.found) == 1 and not any(map(tells, self.found[0][1])):
+            raise LayoutError(["there is no sample in it, only the row "
+                               + ", ".join(map(repr, self.found[0][1][:10]))])
 
     def layout(self) -> Layout:
         """Ask all questions whose own questions have been answered."""
@@ -210,6 +231,9 @@ class _Look:
             if found and (width := width_of(found)) > 1:
                 shares[delimiter] = sum(cells(row) == width for _, row in found) / len(found)
                 with_time |= {delimiter} if time_columns(found) else set()
+        if not shares:
+            raise LayoutError(["there is one column only, if ; or | or , or a tab stands between "
+                               "them; --delimiter says another sign"])
         shares = {d: share for d, share in shares.items() if d in with_time or not with_time}
         best = [d for d, share in shares.items() if share == max(shares.values())]
         if len(best) != 1:
@@ -239,8 +263,6 @@ class _Look:
 
     def _skip(self) -> int:
         """Return the last line before the data: a row of units may follow the header."""
-        def tells(cell: str) -> bool:
-            return bool(NUMBER.fullmatch(cell) or csv_times.kinds(cell))
         first = next((n for n, (_, row) in enumerate(self.data) if any(map(tells, row))), 0)
         if first and "%" not in self.settings.get("time_format", ""):  # no kind knows a pattern
             self.data = self.data[first:]
@@ -286,9 +308,11 @@ class _Look:
     def _kind(self) -> str:
         """Return how times are written; of 03/04/2026 the first later date that tells decides."""
         if given := self.settings.get("time_format"):
-            if given in csv_times.FORMATS or "%" in given:
+            problem = csv_times.pattern_problem(given) if "%" in given else ""
+            if given in csv_times.FORMATS or ("%" in given and not problem):
                 return given
-            self.problems.append(f"--time-format {given!r}: there are "
+            self.problems.append(f"--time-format {given!r}: {problem}" if problem else
+                                 f"--time-format {given!r}: there are "
                                  f"{', '.join(csv_times.FORMATS)} and patterns like %d.%m.%y")
             return "YMD"
         left: set[str] = set()

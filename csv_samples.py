@@ -217,8 +217,12 @@ class Reader:
             self.skipped[name] += 1
             return None
         if (signal := self._signal(*named)) in found.values():
+            first = next(column for column, one in found.items() if one is signal)
+            remedy = (f"the second is {name!r}: --column {name!r}= leaves it out"
+                      if self.layout.names[first] != name else "both are called so: with --header "
+                      f"0 columns go by number, --column {first + 1}={named[1].name} is the first")
             raise ValueError(f"two columns are the feature {named[1].name!r} of {named[0].name}; "
-                             f"the second is {name!r}: --column {name!r}= leaves it out")
+                             + remedy)
         return signal
 
     def _signal_named(self, text: str, name: str) -> Signal | None:

@@ -117,6 +117,15 @@ def read(text: str, kind: str) -> datetime:
         raise ValueError(f"{text!r} is no time: {exc}") from None
 
 
+def pattern_problem(pattern: str) -> str:
+    """Return why strptime cannot read times by a pattern, "" if it can."""
+    try:
+        datetime.strptime(EPOCH.strftime(pattern), pattern)
+    except (ValueError, re.error) as exc:
+        return f"no pattern of a time: {exc}"
+    return ""
+
+
 def _counted_or_patterned(text: str, kind: str) -> datetime:
     try:
         if kind not in FORMATS:

@@ -111,7 +111,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     if args.layout:
         try:
             settings = tomllib.loads(args.layout.read_text(encoding="utf-8-sig")).get("csv", {})
-        except (OSError, ValueError) as exc:
+        except (OSError, ValueError, RecursionError) as exc:
             raise Refused(f"--layout {args.layout}: {exc}") from None
         if problems := schema_problems(settings, csv_layout.SETTINGS):
             raise Refused("\n  ".join([f"--layout {args.layout}, table [csv]:", *problems,
@@ -353,7 +353,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--none", action="append", metavar="VALUE",
         help="stands for no value, e.g. -999, as empty cells, NaN and null do")
     add("--decimal", choices=[".", ","], metavar="SIGN", help="decimal sign: . or ,")
-    add("--delimiter", metavar="SIGN", help="sign between the columns; a tab is $'\\t'")
+    add("--delimiter", metavar="SIGN", type=sign, help="sign between the columns; a tab is $'\\t'")
     add("--encoding", metavar="NAME", help="e.g. utf-8, utf-16, latin-1")
     add("--header", type=int, metavar="LINE", help="line that names the columns, 0: none")
     add("--dry-run", action="store_true", help="only say what was understood")
@@ -361,6 +361,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="ask for the alarms of periods whose samples came late or changed")
     add("--dsn", help="where performance_db is (default: $PERFDB_DSN, else the PG* variables)")
     return parser.parse_args(argv)
+
+
+def sign(text: str) -> str:
+    text = "\t" if text == "\\t" else text
+    if len(text) != 1 or text in '"\r\n':
+        raise argparse.ArgumentTypeError(f"{text!r}: write one sign, like ; or a tab, $'\\t'")
+    return text
 
 
 def pair(text: str) -> tuple[str, str]:

@@ -45,7 +45,8 @@ SELECT s.object_id, s.feature_id,
        (SELECT max(v.timestamp)
           FROM feature_values v
          WHERE v.object_id = s.object_id
-           AND v.feature_id = s.feature_id) AS latest
+           AND v.feature_id = s.feature_id
+           AND v.timestamp < '3000-01-01Z'::timestamptz) AS latest
   FROM unnest(%(objects)s::int[], %(features)s::int[],
               %(first)s::timestamptz[], %(last)s::timestamptz[])
        AS s(object_id, feature_id, first, last)
@@ -255,6 +256,7 @@ def calculated(jobs: Iterable[tuple[Any, ...]]) -> dict[str, list[tuple[int, int
     for names, start, end in jobs:
         try:
             period = microseconds(parse_time(start)), microseconds(parse_time(end))
+            names = dict.fromkeys(names)
         except (TypeError, ValueError, OverflowError):
             continue  # a job that never calculated
         for name in names:

@@ -59,6 +59,13 @@ def test_a_worker_that_goes_by_without_a_word_is_told(site, run_handler):
     assert "Traceback" not in done.stderr
 
 
+def test_a_database_that_refuses_a_statement_has_been_reached(site, conn, run_handler):
+    control.create_job(conn, "Noop", {})
+    site("CREATE RULE log AS ON UPDATE TO job_instances DO ALSO NOTIFY changed")
+    done = run_handler("--once", "--module", "sample_jobs", expect=3)
+    assert "refuses what the handler needs, 6 tries: DO ALSO rules" in done.stderr
+
+
 @pytest.mark.parametrize("command", ["init", "create"])
 def test_a_database_that_is_read_only_is_refused_with_what_to_do(site, run_handler, capsys,
                                                                  command):
