@@ -18,7 +18,7 @@ from parameters import (
     period_problems,
     schema_problems,
 )
-from perfdb import clean, query, rows_of
+from perfdb import GONE_BY, clean, query, rows_of
 
 TYPE_SQL = "SELECT id, parameters_schema FROM job_types WHERE name = %s"
 TYPE_NAMES_SQL = "SELECT name FROM job_types ORDER BY name"
@@ -69,6 +69,8 @@ ON CONFLICT (unique_key) WHERE unique_key IS NOT NULL AND state IN ('Created', '
    DO NOTHING
 RETURNING id
 """
+
+TRIES = 10  # of a job whose key is held by one that is gone when we look
 
 SAME_KEY_SQL = """
 SELECT id
@@ -143,15 +145,17 @@ def create_job(connection: psycopg.Connection, type_name: str, parameters: dict[
     """Ask for a job and return its id.
 
     With `unique_key` and an unfinished job of that key, nothing is created and that job's id is
-    returned. Raise `JobRequestError` if the type is unknown or the parameters do not fit it.
+    returned. Raise `JobRequestError` if the type is unknown, the parameters do not fit it, or the
+    site keeps the row out.
     """
-    while True:
+    for _ in range(TRIES):
         ids = create_jobs(connection, type_name, [parameters], description,
                           priority=priority, run_after=run_after, unique_key=unique_key)
         if ids:
             return ids[0]
         if rows := query(connection, SAME_KEY_SQL, {"unique_key": unique_key}):
             return rows[0][0]  # else that job has just ended: ask again
+    raise JobRequestError("the database took no job" + GONE_BY.format(table="job_instances"))
 
 
 def create_jobs(connection: psycopg.Connection, type_name: str,

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import psycopg
 
@@ -355,9 +356,17 @@ def zone(connection: psycopg.Connection, other: psycopg.Connection) -> Findings:
     """Whether psql and other tools show times in the zone that jobs mean."""
     theirs = other.info.parameter_status("TimeZone")
     for (ours,) in query(connection, ZONE_SQL, {"theirs": theirs}):
+        adopt = f"set PERFDB_TIMEZONE to {theirs} everywhere, or " if knows_zone(theirs) else ""
         yield (f"zone: the database shows times in {theirs}, jobs mean {ours} (PERFDB_TIMEZONE): "
-               f"set PERFDB_TIMEZONE to {theirs} everywhere, or "
-               f"ALTER DATABASE ... SET TimeZone = '{ours}'")
+               f"{adopt}ALTER DATABASE ... SET TimeZone = '{ours}'")
+
+
+def knows_zone(name: str) -> bool:
+    """Whether PERFDB_TIMEZONE may be `name`: servers know zones such as <+05:45>-5:45, too."""
+    try:
+        return bool(ZoneInfo(name))
+    except (KeyError, ValueError, OSError):
+        return False
 
 
 def pooler(connection: psycopg.Connection, other: psycopg.Connection) -> Findings:
@@ -378,22 +387,30 @@ def examine(connection: psycopg.Connection, other: psycopg.Connection,
     A `Note` among them needs nobody. Raise `psycopg.errors.UndefinedTable` where there are no
     tables at all.
     """
-    query(connection, TYPE_NAMES_SQL)
-    return [*(finding for check in checks for finding in look(check, connection)),
-            *zone(connection, other), *pooler(connection, other)]
+    last = [*zone(connection, other), *pooler(connection, other)]  # before it idles for too long
+    return [*(finding for check in checks for finding in look(check, connection)), *last]
+
+
+ANY_TABLE_SQL = "SELECT to_regclass('job_types') IS NOT NULL"
 
 
 def look(check: Check, connection: psycopg.Connection) -> Findings:
-    """Yield what `check` finds, or why it cannot look: no right, an older schema, a lost table."""
+    """Yield what `check` finds, or why it cannot look: no right to, an older schema, whatever.
+
+    Raise `psycopg.Error` only if the connection is lost or there are no tables at all.
+    """
     try:
         yield from check(connection)
-    except (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedColumn,
-            psycopg.errors.UndefinedFunction) as exc:
-        yield (f"schema: cannot look for {check.__name__}: {exc.diag.message_primary}: "
-               "python jobctl.py init")
     except psycopg.errors.InsufficientPrivilege as exc:
         yield Note(f"rights: cannot look for {check.__name__}: {exc.diag.message_primary}: "
                    "OPERATIONS.md, Roles, has the GRANTs")
+    except psycopg.Error as exc:
+        if connection.closed or not query(connection, ANY_TABLE_SQL)[0][0]:
+            raise
+        older = isinstance(exc, psycopg.errors.UndefinedTable | psycopg.errors.UndefinedColumn
+                           | psycopg.errors.UndefinedFunction)
+        yield (f"{'schema' if older else 'doctor'}: cannot look for {check.__name__}: "
+               f"{exc.diag.message_primary or exc}{': python jobctl.py init' if older else ''}")
 
 
 def needs_somebody(findings: Sequence[str]) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import psycopg
 
-from perfdb import HIDDEN_SQL, query
+from perfdb import HIDDEN_SQL, READ_ONLY, query
 from worker import HELD_CTE
 
 
@@ -81,4 +81,21 @@ def dead_rows(connection: psycopg.Connection) -> Iterator[str]:
                f"VACUUM {table}")
 
 
-CHECKS = [row_security, strangers, dead_workers, dead_rows]
+# Set for all: no handler can work. For this role alone: perhaps it is only to look.
+READ_ONLY_SQL = """
+SELECT source
+  FROM pg_settings
+ WHERE name = 'default_transaction_read_only'
+   AND setting = 'on'
+   AND NOT pg_is_in_recovery()
+"""
+
+
+def read_only(connection: psycopg.Connection) -> Iterator[str]:
+    """Whether anybody can write."""
+    for (source,) in query(connection, READ_ONLY_SQL):
+        note = Note if source in ("user", "database user", "client") else str
+        yield note(f"read only: {READ_ONLY} (it comes from: {source})")
+
+
+CHECKS = [read_only, row_security, strangers, dead_workers, dead_rows]

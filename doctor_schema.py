@@ -275,6 +275,9 @@ def _remedy(kind: str, name: str, wanted: Mapping[Thing, str], found: Mapping[Th
         return (f"DROP VIEW IF EXISTS v_job_steps, v_job_instances; {alter} ALTER {part} TYPE "
                 f"{definition} USING {part}::{definition}, then {INIT}, then GRANT on the views "
                 "anew")
+    if kind == "constraint" and actual == f"{definition} NOT VALID" and definition[:5] == "CHECK":
+        return (f"rows do not fit it, SELECT * FROM {table} WHERE NOT {definition[6:]} shows "  # noqa: S608
+                f"them: mend them, then {INIT}")
     if kind == "constraint":
         drop = f"DROP CONSTRAINT {part}, " if actual else ""
         return f"{alter} {drop}ADD CONSTRAINT {part} {definition}"

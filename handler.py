@@ -211,6 +211,8 @@ class JobHandler(worker.Alone):
         self._refusals = self._refusals + 1 if self.worker is None and refuses(self.dsn) else 0
         if (self._setbacks if self.once else self._refusals) < TRIES:
             return ""
+        if self._blames:  # it was reached
+            return f"the database refuses what the handler needs, {TRIES} tries: {text}"
         return (f"cannot reach the database, {TRIES} tries: {text}\n"
                 "  set PERFDB_DSN, give --dsn, or start the server")
 

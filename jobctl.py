@@ -35,6 +35,7 @@ from job_lists import Refused, filters, list_jobs, log, show, stats, watch
 from option_values import due, interval, moment, parameter, priority, since
 from parameters import parse as parse_parameters
 from perfdb import (
+    READ_ONLY,
     BadSetting,
     UnfitDatabase,
     connect,
@@ -403,6 +404,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return complain("the tables are missing: run `python jobctl.py init`", NO_DATABASE)
     except (psycopg.errors.UndefinedColumn, psycopg.errors.UndefinedFunction) as exc:
         return complain(explain(exc), NO_DATABASE)
+    except psycopg.errors.ReadOnlySqlTransaction:
+        return complain(READ_ONLY, FAILED)
     except UnfitDatabase as exc:
         return complain(str(exc), NO_DATABASE)
     except BadSetting as exc:

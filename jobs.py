@@ -33,8 +33,8 @@ from parameters import (
     refuse_foreign_refs,
     schema_problems,
 )
+from perfdb import GONE_BY, clean, is_passing, query
 from perfdb import TIME as TIME
-from perfdb import clean, is_passing, query
 from perfdb import connect as connect
 from perfdb import parse_time as parse_time
 from session import MANY_STEPS
@@ -257,8 +257,12 @@ class JobInstance:
                                                    self._application_name, begin=self._claimed)
         self._outcome = life.Outcome(state)
         # From JSON, so that a step is told the same whether the job is new or resumed.
+        wanted = json.loads(steps)
+        if len(wanted) != len(self._job_step_ids):
+            raise JobRequestError(f"the database took {len(self._job_step_ids)} of {len(wanted)} "
+                                  "steps" + GONE_BY.format(table="job_steps"))
         self._todo = (as_created(step_id, position, step) for position, (step_id, step) in
-                      enumerate(zip(self._job_step_ids, json.loads(steps), strict=True), 1))
+                      enumerate(zip(self._job_step_ids, wanted, strict=True), 1))
 
     def _load_steps(self) -> None:
         rows = query(self._worker.connection, STEPS_SQL, {"job_id": self._job_id})

@@ -43,6 +43,7 @@ SESSION_SETTINGS = {
     "idle_session_timeout": "0",
     "idle_in_transaction_session_timeout": "0",
     "transaction_timeout": "0",       # PostgreSQL 17
+    "quote_all_identifiers": "off",   # the schema is compared as PostgreSQL writes it
     "jit": "off",                     # compiling takes 100 times as long as our statements run
 }
 NOT_EVERYWHERE = {"transaction_timeout"}  # would be refused in the startup packet before 17
@@ -68,6 +69,13 @@ class UnfitDatabase(Exception):
 
 class BadSetting(ValueError):
     """A connection string or a zone that makes no sense; the text quotes no password."""
+
+
+READ_ONLY = (
+    "default_transaction_read_only is on for this database or role, so that nothing can be "
+    "written: ALTER DATABASE ... (or ROLE ...) SET default_transaction_read_only = off")
+GONE_BY = (": a trigger or rule of the site lets an INSERT into {table} go by without a word; "
+           "take it off, or have it raise an error that says why")
 
 
 def time_zone() -> tzinfo:
@@ -275,6 +283,7 @@ def explain(exc: psycopg.Error) -> str:
 
 FITNESS_SQL = """
 SELECT pg_backend_pid(), pg_is_in_recovery(), getdatabaseencoding(),
+       current_setting('default_transaction_read_only')::boolean,
        row_security_active(to_regclass('job_instances')::oid)
        OR row_security_active(to_regclass('job_steps')::oid)
        OR row_security_active(to_regclass('job_types')::oid)
@@ -295,17 +304,19 @@ SELECT c.relname::text, row_security_active(c.oid)
 
 
 def refuse_unfit(connection: psycopg.Connection, dsn: str | None = None) -> None:
-    """Raise `UnfitDatabase` where no handler can work: SQL_ASCII, a standby, shared sessions, rows
-    that are hidden from it.
+    """Raise `UnfitDatabase` where no handler can work: SQL_ASCII, a standby, read only, shared
+    sessions, rows that are hidden from it.
 
     One statement; only if there is a pooler in between, whose own number of the session is not the
     server's, a second connection to `dsn`, by which `connection` was made.
     """
-    pid, in_recovery, encoding, some_rows = query(connection, FITNESS_SQL)[0]
+    pid, in_recovery, encoding, read_only, some_rows = query(connection, FITNESS_SQL)[0]
     if in_recovery:
         raise UnfitDatabase(
             "this server is a hot standby and cannot be written to: connect to the primary; with "
             "both hosts in PERFDB_DSN and target_session_attrs=read-write libpq finds it")
+    if read_only:
+        raise UnfitDatabase(READ_ONLY)
     if encoding == "SQL_ASCII":
         raise UnfitDatabase(
             "the database's encoding is SQL_ASCII, which stores any bytes and tells nobody what "

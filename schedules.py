@@ -115,8 +115,10 @@ def create_due_jobs(connection: psycopg.Connection, now: datetime | None = None,
 
 
 ADD_SCHEDULE_SQL = f"""
-INSERT INTO job_schedules (job_type_id, description, parameters, every, first_start, delay)
-SELECT id, %(description)s, %(parameters)s, %(every)s::interval, %(start)s, %(delay)s::interval
+INSERT INTO job_schedules (job_type_id, description, parameters, every, first_start, next_start,
+                           delay)
+SELECT id, %(description)s, %(parameters)s, %(every)s::interval, %(start)s, %(start)s,
+       %(delay)s::interval
   FROM job_types
  WHERE name = %(type)s
 RETURNING id, to_char(first_start, {TIME_FORMAT}),

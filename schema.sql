@@ -534,7 +534,7 @@ CREATE OR REPLACE TRIGGER job_schedules_start
 -- anchor, and a window reaches from its start to the first such point after it: there is neither gap
 -- nor overlap, and where two points coincide (Samoa had no 30 December 2011) no empty window. The
 -- estimate of n is never too high: months differ from their mean by a few days, days by a few hours,
--- and neither is a whole window.
+-- at the date line by a whole one, and none of it is more than a window.
 CREATE OR REPLACE FUNCTION job_schedule_window_end(
         first_start timestamptz, every interval, window_start timestamptz) RETURNS timestamptz
     LANGUAGE plpgsql STABLE AS $$
@@ -543,7 +543,7 @@ DECLARE
                    + pg_catalog.date_part('month', every) * 37746::double precision;  -- 0.44 more
     n          double precision := pg_catalog.floor(
                    pg_catalog.date_part('epoch', window_start - first_start)
-                   / NULLIF(mean, 0::double precision));
+                   / NULLIF(mean, 0::double precision)) - 1::double precision;
     window_end timestamptz;
 BEGIN
     WHILE mean > 0::double precision LOOP

@@ -92,6 +92,7 @@ def _apply(connection: psycopg.Connection, wanted: Wanted) -> None:
     script = [to_own.sub("", statement) for statement in statements(SCHEMA.read_text())
               if _target(statement)[1].partition(".")[0] not in own]
     if installed_version(connection) is None:
+        _refuse_no_room(connection)
         with connection.transaction():  # all or nothing: nobody can be in the way
             for statement in script:
                 connection.execute(statement)
@@ -108,6 +109,24 @@ def _apply(connection: psycopg.Connection, wanted: Wanted) -> None:
             _replace_view(connection, statement, table)
         elif kind == "other" or target in wrong or ("relation", table) in wrong:
             _insist(connection, statement, table)
+
+
+ROOM_SQL = """
+SELECT current_setting('search_path'), current_user::text, current_schema()::text,
+       COALESCE(has_schema_privilege(current_schema()::text, 'CREATE'), false)
+"""
+
+
+def _refuse_no_room(connection: psycopg.Connection) -> None:
+    """Raise `ValueError` where the session may make no tables, saying what is missing."""
+    path, role, schema, may_create = query(connection, ROOM_SQL)[0]
+    if schema is None:
+        raise ValueError(f"search_path is {path!r} and names no schema that is there and that "
+                         f"{role} may use: CREATE SCHEMA or GRANT USAGE ON SCHEMA, or ALTER ROLE "
+                         f"{role} SET search_path")
+    if not may_create:
+        raise ValueError(f"{role} may make no tables in schema {schema}, the first of "
+                         f"search_path {path!r}: GRANT CREATE ON SCHEMA {schema} TO {role}")
 
 
 # What a statement makes, by which it is found among the differences: it may be left out if it is
@@ -169,6 +188,9 @@ def _insist(connection: psycopg.Connection, statement: str, table: str) -> None:
         try:
             connection.execute(statement)
             return
+        except psycopg.errors.DuplicateTable as exc:
+            raise ValueError(f"{exc}: has a table been renamed that has it? Rename it back and "
+                             "call init again") from None
         except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected):
             users = _users(connection, table)
             if time.monotonic() > end:
@@ -199,12 +221,15 @@ def _mend_constraints(connection: psycopg.Connection, wanted: Wanted) -> None:
     wrong = [one for one in differences(connection, wanted)
              if one.kind == "constraint" and one.wanted.startswith(("CHECK", "FOREIGN KEY"))]
     for one in wrong:
-        _insist(connection, f"{one.remedy} NOT VALID", one.table)
+        if one.found != f"{one.wanted} NOT VALID":
+            _insist(connection, f"{one.remedy} NOT VALID", one.table)
     for statement, table in (IN_RANGE_SQL, "job_instances"), (SHORTER_SQL, "job_types"):
         if table in {one.table for one in wrong}:
             _insist(connection, statement, table)
-    for one in wrong:
-        _insist(connection, f"ALTER TABLE {one.table} VALIDATE CONSTRAINT {one.part}", one.table)
+    for one in wrong:  # what rows do not fit is told at the end, with how to find them
+        with contextlib.suppress(psycopg.IntegrityError):
+            _insist(connection, f"ALTER TABLE {one.table} VALIDATE CONSTRAINT {one.part}",
+                    one.table)
 
 
 USERS_SQL = """

@@ -19,7 +19,7 @@ import psycopg
 
 import claims
 import life
-from perfdb import connect, query, refuse_unfit
+from perfdb import GONE_BY, UnfitDatabase, connect, query, refuse_unfit
 from session import Session
 
 log = logging.getLogger(__name__)
@@ -112,7 +112,10 @@ class Worker(Session):
         self.idle_name = self.name = f"performance server worker {self.id}"
         self._former: list[int] = []  # server processes of our sessions under this id
         self._former.append(self.connection.info.backend_pid)
-        self.settled = self.execute(REGISTER_SQL, self._me()).fetchone()[0]
+        if (row := self.execute(REGISTER_SQL, self._me()).fetchone()) is None:
+            raise UnfitDatabase("the database took no worker"
+                                + GONE_BY.format(table="job_workers"))
+        self.settled = row[0]
 
     def _me(self) -> dict[str, Any]:
         return {"worker_id": self.id, "idle_name": self.idle_name, "host": socket.gethostname(),

@@ -123,6 +123,8 @@ SELECT md5(string_agg(thing, ',' ORDER BY thing))
          UNION ALL
         SELECT tgname || tgenabled::text FROM pg_trigger
          UNION ALL
+        SELECT rulename FROM pg_rewrite WHERE rulename <> '_RETURN'
+         UNION ALL
         SELECT conname || pg_get_constraintdef(oid) FROM pg_constraint) AS things(thing)
 """
 

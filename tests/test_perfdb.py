@@ -21,7 +21,8 @@ ODD_DEFAULTS = {
     "IntervalStyle": "iso_8601", "TimeZone": "Asia/Tokyo", "statement_timeout": "77ms",
     "lock_timeout": "77ms", "jit": "on",
     "idle_session_timeout": "77ms", "idle_in_transaction_session_timeout": "77ms",
-    "extra_float_digits": "-3", "client_encoding": "LATIN1", "standard_conforming_strings": "off"}
+    "extra_float_digits": "-3", "client_encoding": "LATIN1", "standard_conforming_strings": "off",
+    "quote_all_identifiers": "on"}
 
 
 @pytest.fixture
@@ -45,7 +46,8 @@ USUAL = dict.fromkeys(
      "idle_in_transaction_session_timeout"), "0") | {
     "default_transaction_isolation": "read committed", "DateStyle": "ISO, YMD", "jit": "off",
     "IntervalStyle": "postgres", "TimeZone": "UTC", "extra_float_digits": "1",
-    "client_encoding": "UTF8", "standard_conforming_strings": "on"}
+    "client_encoding": "UTF8", "standard_conforming_strings": "on",
+    "quote_all_identifiers": "off"}
 
 
 def settings(connection):

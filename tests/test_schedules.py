@@ -195,6 +195,15 @@ def test_a_window_ends_at_the_first_point_after_its_start_near_the_anchor_and_fa
     )
 
 
+def test_an_anchor_on_a_day_that_never_was_is_a_window_late_nowhere(conn):
+    """Samoa had no 30 December 2011: a day from the anchor back is two by the calendar."""
+    conn.execute("SET TimeZone = 'Pacific/Apia'")
+    assert conn.execute(
+        "SELECT job_schedule_window_end('2011-12-30 10:00', '1 day', point - interval '1 us') "
+        "= point AS ok FROM (VALUES ('2011-07-14 10:00'::timestamptz)) AS p (point)"
+    ).fetchone() == {"ok": True}
+
+
 def test_a_window_set_by_hand_reaches_to_the_next_that_is_counted(conn, schedule, windows):
     schedule("1 day", NOON)
     conn.execute("UPDATE job_schedules SET next_start = %s", [NOON + 5 * HOUR])

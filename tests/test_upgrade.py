@@ -142,6 +142,26 @@ def test_nobody_waits_for_an_upgrade(version_1, dsn, capsys, monkeypatch):
                              "'asked meanwhile'").fetchone() == {"n": len(asked)}
 
 
+def test_rows_that_do_not_fit_are_told_with_how_to_find_them(version_1, capsys):
+    version_1.execute("""
+        INSERT INTO job_instances (job_type_id, created) VALUES (1, 'infinity');
+        INSERT INTO object_types (name) VALUES ('turbine');
+        INSERT INTO object_models (object_type_id, name) VALUES (1, 'G97');
+        INSERT INTO features (object_model_id, name, sample_interval)
+        VALUES (1, 'wind', '200 years')""")
+    for _ in range(2):
+        status, said = init(capsys)
+        found = [line for line in said.splitlines() if "rows do not fit it" in line]
+        assert (status, len(found)) == (1, 2), said
+    for line in found:
+        select = line[line.index("SELECT * FROM"):line.index(" shows them")]
+        assert version_1.execute(select).rowcount == 1
+    version_1.execute("UPDATE features SET sample_interval = '10 minutes';"
+                      "UPDATE job_instances SET created = now()")
+    assert init(capsys) == (0, "")
+    assert doctor_schema.differences(version_1) == []
+
+
 def test_patience_ends_and_the_next_call_goes_on(version_1, dsn, capsys, monkeypatch):
     monkeypatch.setattr(upgrade, "PATIENCE_SECONDS", 0)
     with psycopg.connect(dsn) as reader:
