@@ -17,7 +17,11 @@ STOPS = (signal.SIGTERM, signal.SIGINT)
 
 
 def take_signals(stop: Callable[[int, Any], None]) -> None:
-    """Have SIGTERM and SIGINT call `stop`, also those that have waited since before a fork."""
+    """Have SIGTERM and SIGINT call `stop`, also those that have waited since before a fork.
+
+    SIGCHLD, if whoever started us ignores it, would keep from us that children end, and how.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for signum in STOPS:
         signal.signal(signum, stop)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
