@@ -33,6 +33,14 @@ SELECT CASE l.objsubid WHEN 1 THEN pg_advisory_unlock(l.classid::bigint << 32 | 
  WHERE l.pid = pg_backend_pid()
    AND l.locktype = 'advisory'
    AND NOT (l.objsubid = 1 AND l.classid::bigint << 32 | l.objid::bigint = %(worker_id)s)
+ UNION ALL
+SELECT pg_try_advisory_lock(%(worker_id)s::bigint)  -- a job has freed all of its session
+ WHERE NOT EXISTS (
+         SELECT FROM pg_locks l
+          WHERE l.pid = pg_backend_pid()
+            AND l.locktype = 'advisory'
+            AND l.objsubid = 1
+            AND l.classid::bigint << 32 | l.objid::bigint = %(worker_id)s)
 """)
 
 
@@ -74,11 +82,25 @@ class Session:
         self._lent = self._lent_to_job = True
         return self.connection
 
+    def left(self) -> str:
+        """Return what a job that is through with the connection has left it in; '' if all well."""
+        if self.connection.closed and not self.connection.broken:
+            return ("closed the worker's connection; use `with self.connection.transaction():`, "
+                    "not `with self.connection:`, which closes it")
+        if self.connection.info.transaction_status:
+            return ("left a transaction open; it was rolled back. "
+                    "Use `with self.connection.transaction():`")
+        return ""
+
     def _restore_client(self) -> None:
         """Undo what psycopg itself may have been told."""
         self.connection.row_factory = tuple_row
+        self.connection.cursor_factory = psycopg.Cursor
         if not self.connection.autocommit:
             self.connection.autocommit = True
+        for name in ("isolation_level", "read_only", "deferrable"):
+            if getattr(self.connection, name) is not None:
+                setattr(self.connection, name, None)
 
     def _restore(self, over: bool) -> None:
         """Undo what a job has changed in the session; `over`: all of it, and old plans go, too."""
