@@ -12,7 +12,7 @@ from parameters import JobRequestError, shorten
 
 MOST_PROBLEMS = 10
 MOST_VALUES = 1_000_000  # in one result: lists that hold one list twice, and so on, never end
-MOST_TEXT = 20_000       # characters of one error: it may quote whatever went wrong
+MOST_TEXT = 50_000       # characters of one error: it may quote whatever went wrong
 
 #: key of a step -> the types it may have (None, or leaving it out, is always allowed), in words
 STEP_KEYS = {"name": (str, "text"), "object_id": (int, "an int"), "alarm_id": (int, "an int"),

@@ -24,10 +24,9 @@ import re
 import select
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import psycopg
 from psycopg.conninfo import make_conninfo
@@ -41,7 +40,7 @@ import schedules
 import worker
 from answers import said
 from limits import is_interrupt
-from pool import Pool, take_signals
+from pool import Pool, leave, take_signals
 
 log = logging.getLogger("handler")
 
@@ -56,7 +55,6 @@ LOOKS_PER_SECOND = 20        # ... but all workers together not oftener than so
 OVERRUN_SECONDS = 10.0       # how often it looks for workers that hang
 LONGEST_WAIT_SECONDS = 30.0  # between two tries after the database failed us
 TRIES = 6                    # --once: so often, which is some seconds, before it gives up
-THREAD_SECONDS = 5.0         # at the end, for threads that jobs have left running
 REPEAT_SECONDS = 300.0       # a line that says the same again is logged at most so often
 
 
@@ -467,15 +465,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.workers == 1:
         return run_here(make_handler())
     return Pool(args.workers, lambda parent: run_here(make_handler(parent)), args.once).run()
-
-
-def leave(status: int) -> NoReturn:
-    """End this process; Python would wait for threads that jobs have left, and without end."""
-    if threading.active_count() > 1:
-        ender = threading.Timer(THREAD_SECONDS, os._exit, [status])
-        ender.daemon = True
-        ender.start()
-    raise SystemExit(status)
 
 
 if __name__ == "__main__":

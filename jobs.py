@@ -256,12 +256,22 @@ class JobInstance:
         with self._refusing():
             steps = checked_steps(self._create_steps(), type(self).__name__)
             self._take_back("_create_steps")
-            state, self._job_step_ids = life.queue(self._worker, self._job_id, steps,
-                                                   self._application_name, begin=self._claimed)
+            try:
+                state, self._job_step_ids = life.queue(
+                    self._worker, self._job_id, steps, self._application_name, self._claimed)
+            except psycopg.errors.UniqueViolation as exc:
+                raise self._has_steps(exc) from None
         self._outcome = life.Outcome(state)
         # From JSON, so that a step is told the same whether the job is new or resumed.
         self._todo = (as_created(step_id, position, step) for position, (step_id, step) in
                       enumerate(zip(self._job_step_ids, json.loads(steps), strict=True), 1))
+
+    def _has_steps(self, exc: psycopg.errors.UniqueViolation) -> Exception:
+        """Return what to say of a job that somebody has set back to Created by hand."""
+        if exc.diag.constraint_name != "step_position_is_taken_once":
+            return exc
+        return JobRequestError(f"it was Created and yet had steps; to run it again: jobctl retry "
+                               f"{self._job_id}, with --all every step of it")
 
     def _load_steps(self) -> None:
         rows = query(self._worker.connection, STEPS_SQL, {"job_id": self._job_id})

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 log = logging.getLogger("handler")
 
+THREAD_SECONDS = 5.0  # at the end, for threads that jobs have left running
 BROKEN = 3  # exit status of a worker process that an unforeseen error ended
 
 STOPS = (signal.SIGTERM, signal.SIGINT)
@@ -25,6 +27,15 @@ def take_signals(stop: Callable[[int, Any], None]) -> None:
     for signum in STOPS:
         signal.signal(signum, stop)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+
+
+def leave(status: int) -> NoReturn:
+    """End this process; Python would wait for threads that jobs have left, and without end."""
+    if threading.active_count() > 1:
+        ender = threading.Timer(THREAD_SECONDS, os._exit, [status])
+        ender.daemon = True
+        ender.start()
+    raise SystemExit(status)
 
 
 class Pool:

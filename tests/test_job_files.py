@@ -240,6 +240,17 @@ def test_children_are_seen_to_end_where_sigchld_came_ignored(ask, run_handler, j
     assert jobs_are() == [("Finished", None)] * 2
 
 
+def test_a_job_set_back_to_created_by_hand_is_told_how_to_run_again(ask, run_once, conn,
+                                                                    jobs_are):
+    job_id = ask("nothing", "wordless")
+    assert run_once() == handler.JOBS_FAILED
+    conn.execute("UPDATE job_instances SET state = 'Created', started = NULL, finished = NULL")
+    assert run_once() == handler.JOBS_FAILED
+    assert jobs_are() == [("Failed", "it was Created and yet had steps; to run it again: "
+                                     f"jobctl retry {job_id}, with --all every step of it")]
+    assert control.retry_job(conn, job_id, every_step=True) == "Queued"
+
+
 # A `run` of one's own, and modules.
 
 
