@@ -333,11 +333,12 @@ class JobInstance:
         try:
             with time_limit(self._job.step_timeout):
                 text = checked_result(self._run_step(step_id))
-            if not self._step_in_transaction or self._worker.connection.closed:
-                self._take_back("The step")
+            self._take_back("The step", self._step_in_transaction)
         except BaseException as exc:
             if is_interrupt(exc):
                 raise
+            if self._step_in_transaction and is_active(self._worker):
+                self._worker.connection.close()  # or its end would wait for what still runs
             if self._worker.connection.broken:  # not the step's fault; it will run again
                 raise psycopg.OperationalError(
                     f"connection lost in step {step_id}: {said(exc)}") from exc
@@ -353,9 +354,9 @@ class JobInstance:
                   self._step["name"], said(exc), exc_info=None if known else exc)
         return clean(said(exc) if known else unknown(exc), self._worker.connection)
 
-    def _take_back(self, who: str) -> None:
+    def _take_back(self, who: str, in_transaction: bool = False) -> None:
         """Raise `JobStepError` if a job file has left the worker's connection as nobody may."""
-        if left := self._worker.left():
+        if left := self._worker.left(in_transaction):
             raise JobStepError(f"{who} {left}")
 
     def _record(self, step_id: int, end: StepEnd, next_id: int | None) -> life.Outcome:
@@ -419,11 +420,14 @@ def leave_no_transaction(worker: Worker) -> None:
     """
     if worker.connection.broken:
         worker.connection.rollback()  # which says so
-    in_request = worker.connection.info.transaction_status == psycopg.pq.TransactionStatus.ACTIVE
-    if worker.connection.closed or in_request:  # nobody can say what would come back next
+    if worker.connection.closed or is_active(worker):  # nobody can say what would come back next
         worker.reconnect(go_on=True)
     elif worker.connection.info.transaction_status:
         worker.connection.rollback()
+
+
+def is_active(worker: Worker) -> bool:
+    return worker.connection.info.transaction_status == psycopg.pq.TransactionStatus.ACTIVE
 
 
 def says_nothing_about_the_job(worker: Worker, exc: Any) -> bool:

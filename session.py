@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import psycopg
+from psycopg.pq import TransactionStatus
 from psycopg.rows import tuple_row
 
 from perfdb import settlement
@@ -42,6 +43,19 @@ SELECT pg_try_advisory_lock(%(worker_id)s::bigint)  -- a job has freed all of it
             AND l.objsubid = 1
             AND l.classid::bigint << 32 | l.objid::bigint = %(worker_id)s)
 """)
+
+
+OPEN_TRANSACTION = ("left a transaction open; it was rolled back. "
+                    "Use `with self.connection.transaction():`")
+
+# What a step may make of the transaction that it runs in.
+LEFT_TRANSACTION = {
+    TransactionStatus.IDLE:
+        "ended the transaction it runs in (_step_in_transaction); leave out COMMIT and ROLLBACK",
+    TransactionStatus.INERROR:
+        "went on after a statement that failed, so all it wrote was rolled back; use "
+        "`with self.connection.transaction():` around what may fail",
+}
 
 
 class Session:
@@ -82,15 +96,22 @@ class Session:
         self._lent = self._lent_to_job = True
         return self.connection
 
-    def left(self) -> str:
-        """Return what a job that is through with the connection has left it in; '' if all well."""
-        if self.connection.closed and not self.connection.broken:
+    def left(self, in_transaction: bool = False) -> str:
+        """Return how a job has left the connection, as a sentence; '' if all is well.
+
+        `in_transaction`: we have begun one for it, which is to be there still.
+        """
+        status = self.connection.info.transaction_status
+        if self.connection.broken:
+            return "lost the worker's connection"
+        if self.connection.closed:
             return ("closed the worker's connection; use `with self.connection.transaction():`, "
                     "not `with self.connection:`, which closes it")
-        if self.connection.info.transaction_status:
-            return ("left a transaction open; it was rolled back. "
-                    "Use `with self.connection.transaction():`")
-        return ""
+        if status == TransactionStatus.ACTIVE:
+            return "left a statement running, or its rows half read"
+        if in_transaction:
+            return LEFT_TRANSACTION.get(status, "")
+        return OPEN_TRANSACTION if status else ""
 
     def _restore_client(self) -> None:
         """Undo what psycopg itself may have been told."""

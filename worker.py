@@ -127,10 +127,10 @@ class Worker(Session):
         Raise `psycopg.OperationalError` if the server cannot be reached, or if what was running
         cannot be put back yet.
         """
-        self.connection.close()
-        self.open(connect(self.dsn, self.name if go_on else self.idle_name))
-        self._former.append(self.connection.info.backend_pid)
-        self.execute(END_FORMER_SESSIONS_SQL, self._me())
+        with contextlib.closing(self.connection):  # at last: a thread of a job may wait in it
+            self.open(connect(self.dsn, self.name if go_on else self.idle_name))
+            self._former.append(self.connection.info.backend_pid)
+            self.execute(END_FORMER_SESSIONS_SQL, self._me())
         try:
             self.settled = self.execute(LOCK_SQL, self._me()).fetchone()[0]
         except psycopg.errors.LockNotAvailable:  # by whom ever: our jobs are orphans when it goes

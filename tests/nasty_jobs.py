@@ -1,6 +1,7 @@
 """A job type whose steps do what no job file should: python handler.py --module nasty_jobs."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
@@ -160,7 +161,7 @@ def close(job):
 @deed
 def begin(job):
     job.connection.execute("BEGIN")
-    return [{"name": "nothing"}]
+    return None if job.step else [{"name": "nothing"}]
 
 
 @deed
@@ -174,6 +175,29 @@ def autocommit_off(job):
 def half_read(job):
     job.rows = job.connection.cursor().stream("SELECT generate_series(1, 100000)")
     return {"first": next(job.rows)[0]}
+
+
+@deed
+def statement_of_a_thread(job):
+    connection = job.connection
+
+    def sleep():
+        with contextlib.suppress(psycopg.Error):
+            connection.execute("SELECT pg_sleep(3)")
+
+    threading.Thread(target=sleep, daemon=True).start()
+    time.sleep(0.2)
+
+
+@deed
+def rollback(job):
+    job.connection.execute("ROLLBACK")
+
+
+@deed
+def failure_swallowed(job):
+    with contextlib.suppress(psycopg.Error):
+        job.connection.execute("SELECT 1 / 0")
 
 
 @deed

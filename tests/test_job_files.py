@@ -118,6 +118,7 @@ def test_what_a_step_does_to_its_parameters_no_other_sees(ask, run_once, results
 
 CLOSED = ("closed the worker's connection; use `with self.connection.transaction():`, "
           "not `with self.connection:`, which closes it")
+UNREAD = "The step left a statement running, or its rows half read"
 OPEN = ("left a transaction open; it was rolled back. "
         "Use `with self.connection.transaction():`")
 
@@ -125,7 +126,15 @@ OPEN = ("left a transaction open; it was rolled back. "
 @pytest.mark.parametrize(("type_name", "deed", "said"), [
     ("Nasty", "with connection", f"The step {CLOSED}"),
     ("Nasty Transactional", "close", f"The step {CLOSED}"),
-    ("Nasty", "half read", f"The step {OPEN}"),
+    ("Nasty", "begin", f"The step {OPEN}"),
+    ("Nasty", "half read", UNREAD),
+    ("Nasty Transactional", "half read", UNREAD),
+    ("Nasty", "statement of a thread", UNREAD),
+    ("Nasty Transactional", "rollback", "The step ended the transaction it runs in "
+     "(_step_in_transaction); leave out COMMIT and ROLLBACK"),
+    ("Nasty Transactional", "failure swallowed", "The step went on after a statement that failed, "
+     "so all it wrote was rolled back; use `with self.connection.transaction():` around what may "
+     "fail"),
 ])
 def test_a_step_that_spoils_the_connection_fails_once(ask, run_once, jobs_are, steps_are,
                                                       type_name, deed, said):
