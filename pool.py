@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import signal
@@ -18,11 +19,27 @@ BROKEN = 3  # exit status of a worker process that an unforeseen error ended
 STOPS = (signal.SIGTERM, signal.SIGINT)
 
 
+@functools.cache  # once in a process
+def let_children_end() -> None:
+    """Have signals end what a job forks: `stop` would only note them, and its parent wait.
+
+    A worker of ours is forked with them blocked, and takes them again.
+    """
+    os.register_at_fork(after_in_child=forget_signals)
+
+
+def forget_signals() -> None:
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def take_signals(stop: Callable[[int, Any], None]) -> None:
     """Have SIGTERM and SIGINT call `stop`, also those that have waited since before a fork.
 
     SIGCHLD, if whoever started us ignores it, would keep from us that children end, and how.
     """
+    let_children_end()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for signum in STOPS:
         signal.signal(signum, stop)

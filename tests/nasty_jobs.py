@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import multiprocessing
 import os
 import signal
 import sys
@@ -247,6 +248,12 @@ def child_comes_back(job):
         return {"child": True}
     assert os.wait()[1] == 0
     return {"child": False}
+
+
+@deed
+def process_pool(job):
+    with multiprocessing.get_context("fork").Pool(2) as pool:  # which ends them by SIGTERM
+        return {"sum": sum(pool.map(abs, [-1, -2]))}
 
 
 @deed

@@ -204,7 +204,8 @@ def test_a_lock_that_a_job_has_freed_is_taken_again(ask, start_handler, conn, jo
 
 
 @pytest.mark.parametrize(("deed", "result"), [("child comes back", {"child": False}),
-                                              ("child exits", {"status": 7})])
+                                              ("child exits", {"status": 7}),
+                                              ("process pool", {"sum": 3})])
 def test_a_child_that_a_step_has_forked_is_no_worker(ask, run_handler, results, deed, result):
     ask(deed)
     assert run_handler("--once", *NASTY).stderr == ""
