@@ -1,4 +1,4 @@
-"""What a job file may answer: the steps of a job and the result of a step, checked in words."""
+"""What a job file may answer: steps, results and errors, checked and put into words."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 from parameters import JobRequestError, shorten
 
 MOST_PROBLEMS = 10
+MOST_VALUES = 1_000_000  # in one result: lists that hold one list twice, and so on, never end
+MOST_TEXT = 50_000       # characters of one error: it may quote whatever went wrong
 
 #: key of a step -> the types it may have (None, or leaving it out, is always allowed), in words
 STEP_KEYS = {"name": (str, "text"), "object_id": (int, "an int"), "alarm_id": (int, "an int"),
@@ -54,6 +56,19 @@ def checked_result(result: Any) -> str | None:
     return json.dumps(result)
 
 
+def checked_definition(who: str, name: Any, schema: Any) -> None:
+    """Raise `ValueError` if a class's name or parameters schema cannot be written to job_types."""
+    problems = []
+    if not isinstance(name, str) or not name or _scalar_problem(name):
+        problems.append(f"_name is {shown(name)}, not text that PostgreSQL can store")
+    if isinstance(schema, Mapping):
+        problems += islice(json_problems(dict(schema), "_parameters_schema"), MOST_PROBLEMS)
+    else:
+        problems.append(f"_parameters_schema is {shown(schema)}, not a dict")
+    if problems:
+        raise ValueError("\n  ".join([f"{who} is no job type:", *problems]))
+
+
 def _step_problems(steps: list[Any]) -> Iterator[str]:
     for number, step in enumerate(steps, 1):
         if not isinstance(step, dict):
@@ -61,11 +76,11 @@ def _step_problems(steps: list[Any]) -> Iterator[str]:
             continue
         for key, value in step.items():
             if key not in STEP_KEYS:
-                yield f"step {number}: {key!r} is no key of a step"
+                yield f"step {number}: {shown(key)} is no key of a step"
             elif value is not None and not _is(value, STEP_KEYS[key][0]):
                 yield f"step {number}: {key} is {shown(value)}, not {STEP_KEYS[key][1]}"
-            elif key == "parameters" and value is not None:
-                yield from json_problems(value, f"step {number}: parameters")
+            elif value is not None:
+                yield from json_problems(value, f"step {number}: {key}")
 
 
 def _is(value: Any, kind: type) -> bool:
@@ -74,19 +89,25 @@ def _is(value: Any, kind: type) -> bool:
     return isinstance(value, kind)
 
 
-def json_problems(value: Any, path: str, depth: int = 0) -> Iterator[str]:
-    """Yield what of `value` JSON cannot hold, each as 'path: what'."""
-    if depth > 100:
+def json_problems(value: Any, path: str, depth: int = 0,
+                  left: Iterator[int] | None = None) -> Iterator[str]:
+    """Yield what of `value` JSON cannot hold, each as 'path: what'; `left`: values to look at."""
+    left = iter(range(MOST_VALUES)) if left is None else left
+    if next(left, None) is None:
+        yield f"more than {MOST_VALUES:,} values"
+    elif depth > 100:
         yield f"{path}: nested more than 100 deep"
     elif isinstance(value, dict):
         for key, one in value.items():
-            if isinstance(key, str):
-                yield from json_problems(one, f"{path}.{key}", depth + 1)
-            else:
+            if not isinstance(key, str):
                 yield f"{path}: the key {shown(key)} is {type(key).__name__}, not text"
+            elif problem := _scalar_problem(key):
+                yield f"{path}: the key {problem}"
+            else:
+                yield from json_problems(one, f"{path}.{key}", depth + 1, left)
     elif isinstance(value, list | tuple):
         for number, one in enumerate(value):
-            yield from json_problems(one, f"{path}[{number}]", depth + 1)
+            yield from json_problems(one, f"{path}[{number}]", depth + 1, left)
     elif problem := _scalar_problem(value):
         yield f"{path}: {problem}"
 
@@ -106,4 +127,15 @@ def _scalar_problem(value: Any) -> str:
 
 def shown(value: Any) -> str:
     """Return `repr(value)`, shortened to what fits on a line."""
-    return shorten(repr(value), 80)
+    try:
+        return shorten(repr(value), 80)
+    except Exception as exc:
+        return f"(its repr() raises {type(exc).__name__})"
+
+
+def said(exc: BaseException) -> str:
+    """Return the text of an exception, shortened; its type's name if it has none to give."""
+    try:
+        return shorten(str(exc), MOST_TEXT) or type(exc).__name__
+    except Exception as failed:
+        return f"{type(exc).__name__} (its str() raises {type(failed).__name__})"

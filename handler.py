@@ -38,7 +38,9 @@ import life
 import perfdb
 import schedules
 import worker
-from pool import Pool, take_signals
+from answers import said
+from limits import is_interrupt
+from pool import Pool, leave, take_signals
 
 log = logging.getLogger("handler")
 
@@ -95,7 +97,7 @@ class JobHandler(worker.Alone):
         self._refusals = 0  # tries in a row that a server which is there let nobody in
         self._blames = False  # whether the last of them may be the fault of what we have in hand
         self._said: dict[str, tuple[str, float]] = {}  # duty -> what was logged of it last, when
-        self._introduced = False
+        self._known: psycopg.Connection | None = None  # the one that has been introduced
         self._woken = False
         self._look_at = self._overruns_at = 0.0
         self._wakeup, self._wakeup_end = os.pipe()  # a signal writes to it and so ends a wait
@@ -164,7 +166,6 @@ class JobHandler(worker.Alone):
         if self.worker is None:
             self.worker = worker.Worker(self.dsn, self)
         elif self.worker.connection.closed:
-            self._introduced = False
             self.worker.reconnect()
             log.warning("worker=%d is back", self.worker.id)
         elif self._setbacks:
@@ -172,13 +173,17 @@ class JobHandler(worker.Alone):
         if not self._introduced:
             self._introduce()
 
+    @property
+    def _introduced(self) -> bool:
+        return self.worker is not None and self._known is self.worker.connection
+
     def _introduce(self) -> None:
         """Say on a new connection which types we know, and listen for new jobs."""
         self._housekeep("types", lambda: control.write_types(self.worker.connection, self.types))
         if not self.once:
             self.worker.connection.add_notify_handler(self._wake)
             self.worker.connection.execute("LISTEN job_instances")
-        self._introduced = True
+        self._known = self.worker.connection
 
     def _wake(self, _notify: Any) -> None:
         self._woken = True
@@ -194,7 +199,7 @@ class JobHandler(worker.Alone):
             # What we have in hand can be neither ended nor put back: leave it to recovery, which
             # goes on without it, and go on ourselves under another id.
             self.worker.connection.close()
-            self.worker, self._introduced = None, False
+            self.worker = None
         wait = min(0.2 * 2 ** (self._setbacks - 1), LONGEST_WAIT_SECONDS)
         self._sleep(random.uniform(wait / 2, wait))  # not all at once
 
@@ -253,19 +258,23 @@ class JobHandler(worker.Alone):
             log.warning("job=%d dropped: %s", job.id, exc)
             worker.put_back(self.worker)  # if it is ours after all: a step was taken away by hand
             return None
-        except (Exception, SystemExit, jobs.StepTimeout) as exc:
+        except BaseException as exc:
+            if is_interrupt(exc):
+                raise
             self._refuse(job, exc)
             return None
         self.failed += instance.state == "Failed"
         log.log(logging.ERROR if instance.state == "Failed" else logging.INFO,
                 "job=%d type=%r state=%s steps=%d failed=%d seconds=%.3f", job.id, job.type_name,
-                instance.state, len(instance.job_step_ids or []), len(failed_steps),
+                instance.state, len(instance.job_step_ids or []), len(failed_steps or []),
                 time.monotonic() - started)
         return instance.next_job
 
     def _refuse(self, job: claims.Job, exc: BaseException) -> None:
         """Fail a job that could not be taken up or run, unless it was the database that failed."""
         if jobs.says_nothing_about_the_job(self.worker, exc):
+            if self._put_off(job, exc):
+                return
             raise exc if isinstance(exc, psycopg.Error) else psycopg.OperationalError(
                 f"the connection was lost in job {job.id}: {exc}") from exc
         try:
@@ -273,6 +282,19 @@ class JobHandler(worker.Alone):
             self.failed += 1
         except jobs.JobTakenOver as gone:
             log.warning("job=%d dropped: %s", job.id, gone)
+            worker.put_back(self.worker, blame=False)  # what may have been claimed with its end
+
+    def _put_off(self, job: claims.Job, exc: BaseException) -> bool:
+        """Let others go first if taking `job` up fails again and again; return whether it does."""
+        if self._setbacks < TRIES - 1 or self.worker.connection.closed:
+            return False
+        with contextlib.suppress(psycopg.Error, jobs.JobTakenOver):
+            jobs.leave_no_transaction(self.worker)
+            life.release(self.worker, job, perfdb.clean(
+                f"Put off after {TRIES} tries: {said(exc)}", self.worker.connection))
+            log.warning("job=%d is put off for a minute, %d tries: %s", job.id, TRIES, said(exc))
+            return True
+        return False
 
     # What is done beside jobs, and waiting.
 
@@ -322,6 +344,7 @@ class JobHandler(worker.Alone):
 
     def _wait(self) -> None:
         """Sleep until there may be work: a NOTIFY, an orphan, a signal, or `poll` seconds."""
+        signal.set_wakeup_fd(self._wakeup_end, warn_on_full_buffer=False)  # a job may have had it
         until = time.monotonic() + self.poll
         while not (self._woken or self.stopping()):
             now = time.monotonic()
@@ -417,7 +440,7 @@ def load_modules(names: Sequence[str] = ()) -> None:
     for name in [*JOB_MODULES, *filter(None, given), *names]:
         try:
             module = importlib.import_module(name.removesuffix(".py"))
-        except Exception as exc:
+        except (Exception, SystemExit) as exc:
             raise ImportError(
                 f"module {name!r} cannot be loaded: {type(exc).__name__}: {exc}") from exc
         if not any(job_type.__module__ == module.__name__ for job_type in jobs.JOB_TYPES.values()):
@@ -430,6 +453,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     stream = logging.StreamHandler()
     stream.setFormatter(perfdb.LogFormatter(
         "%(asctime)s %(levelname)s pid=%(process)d %(message)s"))
+    logging.raiseExceptions = False  # a job may have closed what we log to
     logging.basicConfig(handlers=[stream],
                         level=[logging.WARNING, logging.INFO, logging.DEBUG][min(args.verbose, 2)])
     limit = None
@@ -447,4 +471,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    leave(main())

@@ -20,11 +20,11 @@ from psycopg.types.json import Jsonb as Jsonb
 
 import claims
 import life
-from answers import checked_result, checked_steps
+from answers import checked_definition, checked_result, checked_steps, said
 from life import JobTakenOver as JobTakenOver
 from life import StepEnd
 from limits import StepTimeout as StepTimeout
-from limits import time_limit
+from limits import is_interrupt, time_limit
 from parameters import (
     JobRequestError,
     explain_parameters,
@@ -66,10 +66,10 @@ class JobStepError(Exception):
 
 
 class _StepFailed(Exception):
-    """A step went wrong; `comment` says how. Raised so that its transaction is rolled back."""
+    """A step went wrong with `exc`. Raised so that its transaction is rolled back."""
 
-    def __init__(self, comment: str) -> None:
-        self.comment = comment
+    def __init__(self, exc: BaseException) -> None:
+        self.exc = exc
 
 
 class JobInstance:
@@ -88,6 +88,7 @@ class JobInstance:
         super().__init_subclass__(**kwargs)
         if (name := cls.__dict__.get("_name")) is None:
             return
+        checked_definition(f"{cls.__module__}.{cls.__qualname__}", name, cls._parameters_schema)
         if name in JOB_TYPES:
             raise ValueError(
                 f"job type {name!r} is defined twice: by {cls.__module__}.{cls.__qualname__} and "
@@ -237,8 +238,9 @@ class JobInstance:
             yield
         except JobTakenOver:
             raise
-        except Exception as exc:
-            if not (self._claimed or says_nothing_about_the_job(self._worker, exc)):
+        except BaseException as exc:
+            if not (self._claimed or is_interrupt(exc)
+                    or says_nothing_about_the_job(self._worker, exc)):
                 refuse(self._worker, self._job_id, exc)
             raise
 
@@ -253,8 +255,12 @@ class JobInstance:
         """Create the rows of `_create_steps` and set the job Queued, in one transaction."""
         with self._refusing():
             steps = checked_steps(self._create_steps(), type(self).__name__)
-            state, self._job_step_ids = life.queue(self._worker, self._job_id, steps,
-                                                   self._application_name, begin=self._claimed)
+            self._take_back("_create_steps")
+            try:
+                state, self._job_step_ids = life.queue(
+                    self._worker, self._job_id, steps, self._application_name, self._claimed)
+            except psycopg.errors.UniqueViolation as exc:
+                raise self._has_steps(exc) from None
         self._outcome = life.Outcome(state)
         # From JSON, so that a step is told the same whether the job is new or resumed.
         wanted = json.loads(steps)
@@ -263,6 +269,13 @@ class JobInstance:
                                   "steps" + GONE_BY.format(table="job_steps"))
         self._todo = (as_created(step_id, position, step) for position, (step_id, step) in
                       enumerate(zip(self._job_step_ids, wanted, strict=True), 1))
+
+    def _has_steps(self, exc: psycopg.errors.UniqueViolation) -> Exception:
+        """Return what to say of a job that somebody has set back to Created by hand."""
+        if exc.diag.constraint_name != "step_position_is_taken_once":
+            return exc
+        return JobRequestError(f"it was Created and yet had steps; to run it again: jobctl retry "
+                               f"{self._job_id}, with --all every step of it")
 
     def _load_steps(self) -> None:
         rows = query(self._worker.connection, STEPS_SQL, {"job_id": self._job_id})
@@ -310,29 +323,30 @@ class JobInstance:
                 result = self._run_limited(step_id)
                 return self._record(step_id, StepEnd("Finished", result=result), next_id)
         except _StepFailed as failed:
-            comment = failed.comment
+            wrong = failed.exc
         except psycopg.Error as exc:  # our own statement, or a COMMIT that refused its writes
             if says_nothing_about_the_job(self._worker, exc):
                 raise
-            comment = self._explain(exc)
-        self._leave_no_transaction()
+            wrong = exc
+        leave_no_transaction(self._worker)
         self._failed.append(step_id)
-        return self._record(step_id, StepEnd("Failed", comment), next_id)
+        return self._record(step_id, StepEnd("Failed", self._explain(wrong)), next_id)
 
     def _run_limited(self, step_id: int) -> str | None:
         """Run a step and return its result as JSON text; raise `_StepFailed` if it went wrong."""
         try:
             with time_limit(self._job.step_timeout):
-                result = self._run_step(step_id)
-            if self._worker.connection.info.transaction_status and not self._step_in_transaction:
-                raise JobStepError("The step left a transaction open; it was rolled back. "
-                                   "Use `with self.connection.transaction():`")
-            text = checked_result(result)
-        except (Exception, SystemExit, StepTimeout) as exc:
-            if self._worker.connection.closed:  # not the step's fault; it will run again
+                text = checked_result(self._run_step(step_id))
+            self._take_back("The step", self._step_in_transaction)
+        except BaseException as exc:
+            if is_interrupt(exc):
+                raise
+            if self._step_in_transaction and is_active(self._worker):
+                self._worker.connection.close()  # or its end would wait for what still runs
+            if self._worker.connection.broken:  # not the step's fault; it will run again
                 raise psycopg.OperationalError(
-                    f"connection lost in step {step_id}: {exc}") from exc
-            raise _StepFailed(self._explain(exc)) from None
+                    f"connection lost in step {step_id}: {said(exc)}") from exc
+            raise _StepFailed(exc) from None
         log.debug("job=%d step=%d state=Finished name=%r", self._job_id, step_id,
                   self._step["name"])
         return text
@@ -341,17 +355,13 @@ class JobInstance:
         """Return the comment of the running step that failed with `exc`, and write the log."""
         known = isinstance(exc, JobStepError | JobRequestError | StepTimeout)
         log.error("job=%d step=%d state=Failed name=%r: %s", self._job_id, self._step["id"],
-                  self._step["name"], str(exc) or type(exc).__name__,
-                  exc_info=None if known else exc)
-        return clean(str(exc) if known else unknown(exc), self._worker.connection)
+                  self._step["name"], said(exc), exc_info=None if known else exc)
+        return clean(said(exc) if known else unknown(exc), self._worker.connection)
 
-    def _leave_no_transaction(self) -> None:
-        """Roll back what a failed step left open; `psycopg.OperationalError` if it cannot be."""
-        connection = self._worker.connection
-        if connection.info.transaction_status == psycopg.pq.TransactionStatus.ACTIVE:
-            connection.close()  # cut off within a request: nobody can say what comes back next
-        if connection.closed or connection.info.transaction_status:
-            connection.rollback()
+    def _take_back(self, who: str, in_transaction: bool = False) -> None:
+        """Raise `JobStepError` if a job file has left the worker's connection as nobody may."""
+        if left := self._worker.left(in_transaction):
+            raise JobStepError(f"{who} {left}")
 
     def _record(self, step_id: int, end: StepEnd, next_id: int | None) -> life.Outcome:
         """Write a step's end and what follows."""
@@ -378,7 +388,7 @@ class JobInstance:
 
 def as_created(step_id: int, position: int, given: dict[str, Any]) -> dict[str, Any]:
     """Return a step that `_create_steps` gave as QUEUE_SQL has written it."""
-    step = STEP | {"id": step_id, "name": f"step {position}"}
+    step = STEP | {"id": step_id, "name": f"step {position}", "parameters": {}}
     return step | {column: value for column, value in given.items() if value is not None}
 
 
@@ -402,20 +412,39 @@ def refuse(worker: Worker, job_id: int, exc: BaseException) -> None:
     Raise `JobTakenOver` if it is not ours any more.
     """
     known = isinstance(exc, JobRequestError | JobStepError | StepTimeout)
-    if worker.connection.info.transaction_status:
+    leave_no_transaction(worker)
+    life.refuse(worker, job_id, clean(said(exc) if known else unknown(exc), worker.connection))
+    log.error("job=%d state=Failed: %s", job_id, said(exc), exc_info=None if known else exc)
+
+
+def leave_no_transaction(worker: Worker) -> None:
+    """Roll back what a job left open, on a new connection if it has closed or blocked its own.
+
+    Raise `psycopg.OperationalError` if it cannot be.
+    """
+    if worker.connection.broken:
+        worker.connection.rollback()  # which says so
+    if worker.connection.closed or is_active(worker):  # nobody can say what would come back next
+        worker.reconnect(go_on=True)
+    elif worker.connection.info.transaction_status:
         worker.connection.rollback()
-    life.refuse(worker, job_id, clean(str(exc) if known else unknown(exc), worker.connection))
-    log.error("job=%d state=Failed: %s", job_id, str(exc) or type(exc).__name__,
-              exc_info=None if known else exc)
 
 
-def says_nothing_about_the_job(worker: Worker, exc: BaseException) -> bool:
-    """Whether an error is the database's alone, so that the job is to be put back, not Failed."""
-    return worker.connection.closed or is_passing(exc)
+def is_active(worker: Worker) -> bool:
+    return worker.connection.info.transaction_status == psycopg.pq.TransactionStatus.ACTIVE
+
+
+def says_nothing_about_the_job(worker: Worker, exc: Any) -> bool:
+    """Whether an error is the database's alone, so that the job is to be put back, not Failed.
+
+    A connection that cannot be had is the job's business if it is not the worker's.
+    """
+    return worker.connection.broken or (
+        is_passing(exc) and (exc.sqlstate is not None or worker.connection.closed))
 
 
 def unknown(exc: BaseException) -> str:
-    return f"Unknown error, please check the logs: {str(exc) or type(exc).__name__}"
+    return f"Unknown error, please check the logs: {said(exc)}"
 
 
 def parameter_problems(job_type: type[JobInstance], parameters: Any) -> list[str]:
@@ -426,5 +455,5 @@ def parameter_problems(job_type: type[JobInstance], parameters: Any) -> list[str
     if isinstance(parameters, dict):
         problems += period_problems(parameters)
         if not problems:  # what follows may rely on the schema
-            problems = job_type._check_parameters(parameters)
-    return problems
+            problems = job_type._check_parameters(parameters) or []
+    return [problems] if isinstance(problems, str) else list(problems)

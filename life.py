@@ -51,7 +51,10 @@ NO_STEP = StepEnd()
 
 RELEASE_SQL = """
 UPDATE job_instances
-   SET worker_id = NULL
+   SET worker_id = NULL,
+       comment   = COALESCE(%(why)s, comment),
+       run_after = CASE WHEN %(why)s::text IS NULL THEN run_after
+                        ELSE now() + interval '1 minute' END
  WHERE id = %(job_id)s
    AND worker_id = %(worker_id)s
    AND state IN ('Created', 'Queued')
@@ -60,9 +63,9 @@ RETURNING state
 """
 
 
-def release(worker: Worker, job: Job) -> Outcome:
-    """Give a claimed job back that was not begun."""
-    return _leave(worker, job.id, RELEASE_SQL, {})
+def release(worker: Worker, job: Job, why: str | None = None) -> Outcome:
+    """Give a claimed job back that was not begun; with `why` it lets others go first."""
+    return _leave(worker, job.id, RELEASE_SQL, {"why": why})
 
 
 # ------------------------------------------------------------------- Created -> Queued, Running

@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
+OURS = (signal.SIGALRM, signal.SIGTERM, signal.SIGINT)  # a job may handle them, for its time
 BOOT_CLOCK = getattr(time, "CLOCK_BOOTTIME", None)  # Linux
 
 
@@ -23,33 +26,69 @@ class StepTimeout(KeyboardInterrupt):
     """
 
 
+def is_interrupt(exc: BaseException) -> bool:
+    """Whether this is Ctrl-C of somebody who runs a job without a handler: not the job's doing."""
+    return (isinstance(exc, KeyboardInterrupt) and not isinstance(exc, StepTimeout)
+            and signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+
+
 @contextlib.contextmanager
 def time_limit(limit: timedelta) -> Iterator[None]:
     """Raise `StepTimeout` in the block once `limit` is over, in a query, a socket or plain Python.
 
-    Processes that were started in the block end with it then. Signals reach the main thread only:
-    in another one there is no limit, and what hangs there is ended by a neighbour (worker.py).
+    Processes that were started in the block end with it then; one that it has forked and that
+    comes back here ends: it must not go on as the worker. Signals reach the main thread only: in
+    another one there is no limit, and what hangs there is ended by a neighbour (worker.py).
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    pid, own_signals = os.getpid(), contextlib.nullcontext()
+    if threading.current_thread() is threading.main_thread():
+        own_signals = _alarm(limit)
+    try:
+        with own_signals:
+            yield
+    finally:
+        if os.getpid() != pid:
+            _leave_child(sys.exc_info()[1])
 
+
+def _leave_child(exc: BaseException | None) -> NoReturn:
+    """End a forked process as Python would, but for what the worker does at its end."""
+    if isinstance(exc, SystemExit):
+        os._exit(exc.code & 255 if isinstance(exc.code, int) else exc.code is not None)
+    if exc:
+        traceback.print_exception(exc)
+    os._exit(exc is not None)
+
+
+@contextlib.contextmanager
+def _alarm(limit: timedelta) -> Iterator[None]:
+    """Raise `StepTimeout` in the block once `limit` is over; undo what it does to signals."""
     begun = time.clock_gettime(BOOT_CLOCK) if BOOT_CLOCK is not None else 0.0
+    seconds = min(limit.total_seconds(), 1e8)
+    end = time.monotonic() + seconds
 
-    def ring(*_: Any) -> NoReturn:
+    def ring(*_: Any) -> None:
+        if (left := end - time.monotonic()) > 0:  # somebody else's alarm
+            signal.setitimer(signal.ITIMER_REAL, left)
+            return
         for pid in descendants(os.getpid(), begun):
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
         raise StepTimeout(
             f"Timed out: longer than the step limit of {limit} (job_types.step_timeout)")
 
-    before = signal.signal(signal.SIGALRM, ring)
+    before = {signum: signal.getsignal(signum) for signum in OURS}
+    signal.signal(signal.SIGALRM, ring)
+    mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
     try:
-        signal.setitimer(signal.ITIMER_REAL, min(limit.total_seconds(), 1e8))
+        signal.setitimer(signal.ITIMER_REAL, seconds)
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        for signum, handler in before.items():
+            if handler is not None:  # one that was not installed by Python
+                signal.signal(signum, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def descendants(pid: int, since: float) -> list[int]:

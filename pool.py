@@ -2,25 +2,57 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 log = logging.getLogger("handler")
 
+THREAD_SECONDS = 5.0  # at the end, for threads that jobs have left running
 BROKEN = 3  # exit status of a worker process that an unforeseen error ended
 
 STOPS = (signal.SIGTERM, signal.SIGINT)
 
 
+@functools.cache  # once in a process
+def let_children_end() -> None:
+    """Have signals end what a job forks: `stop` would only note them, and its parent wait.
+
+    A worker of ours is forked with them blocked, and takes them again.
+    """
+    os.register_at_fork(after_in_child=forget_signals)
+
+
+def forget_signals() -> None:
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def take_signals(stop: Callable[[int, Any], None]) -> None:
-    """Have SIGTERM and SIGINT call `stop`, also those that have waited since before a fork."""
+    """Have SIGTERM and SIGINT call `stop`, also those that have waited since before a fork.
+
+    SIGCHLD, if whoever started us ignores it, would keep from us that children end, and how.
+    """
+    let_children_end()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for signum in STOPS:
         signal.signal(signum, stop)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+
+
+def leave(status: int) -> NoReturn:
+    """End this process; Python would wait for threads that jobs have left, and without end."""
+    if threading.active_count() > 1:
+        ender = threading.Timer(THREAD_SECONDS, os._exit, [status])
+        ender.daemon = True
+        ender.start()
+    raise SystemExit(status)
 
 
 class Pool:

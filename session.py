@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import psycopg
+from psycopg.pq import TransactionStatus
 from psycopg.rows import tuple_row
 
 from perfdb import settlement
@@ -33,7 +34,28 @@ SELECT CASE l.objsubid WHEN 1 THEN pg_advisory_unlock(l.classid::bigint << 32 | 
  WHERE l.pid = pg_backend_pid()
    AND l.locktype = 'advisory'
    AND NOT (l.objsubid = 1 AND l.classid::bigint << 32 | l.objid::bigint = %(worker_id)s)
+ UNION ALL
+SELECT pg_try_advisory_lock(%(worker_id)s::bigint)  -- a job has freed all of its session
+ WHERE NOT EXISTS (
+         SELECT FROM pg_locks l
+          WHERE l.pid = pg_backend_pid()
+            AND l.locktype = 'advisory'
+            AND l.objsubid = 1
+            AND l.classid::bigint << 32 | l.objid::bigint = %(worker_id)s)
 """)
+
+
+OPEN_TRANSACTION = ("left a transaction open; it was rolled back. "
+                    "Use `with self.connection.transaction():`")
+
+# What a step may make of the transaction that it runs in.
+LEFT_TRANSACTION = {
+    TransactionStatus.IDLE:
+        "ended the transaction it runs in (_step_in_transaction); leave out COMMIT and ROLLBACK",
+    TransactionStatus.INERROR:
+        "went on after a statement that failed, so all it wrote was rolled back; use "
+        "`with self.connection.transaction():` around what may fail",
+}
 
 
 class Session:
@@ -74,11 +96,32 @@ class Session:
         self._lent = self._lent_to_job = True
         return self.connection
 
+    def left(self, in_transaction: bool = False) -> str:
+        """Return how a job has left the connection, as a sentence; '' if all is well.
+
+        `in_transaction`: we have begun one for it, which is to be there still.
+        """
+        status = self.connection.info.transaction_status
+        if self.connection.broken:
+            return "lost the worker's connection"
+        if self.connection.closed:
+            return ("closed the worker's connection; use `with self.connection.transaction():`, "
+                    "not `with self.connection:`, which closes it")
+        if status == TransactionStatus.ACTIVE:
+            return "left a statement running, or its rows half read"
+        if in_transaction:
+            return LEFT_TRANSACTION.get(status, "")
+        return OPEN_TRANSACTION if status else ""
+
     def _restore_client(self) -> None:
         """Undo what psycopg itself may have been told."""
         self.connection.row_factory = tuple_row
+        self.connection.cursor_factory = psycopg.Cursor
         if not self.connection.autocommit:
             self.connection.autocommit = True
+        for name in ("isolation_level", "read_only", "deferrable"):
+            if getattr(self.connection, name) is not None:
+                setattr(self.connection, name, None)
 
     def _restore(self, over: bool) -> None:
         """Undo what a job has changed in the session; `over`: all of it, and old plans go, too."""

@@ -123,22 +123,24 @@ class Worker(Session):
 
     # Losing the connection, and leaving.
 
-    def reconnect(self) -> None:
+    def reconnect(self, go_on: bool = False) -> None:
         """Connect again, under the same id if it is still ours, and put back what was running.
 
+        With `go_on` that is kept in hand: a job has closed the connection and can tell of it.
         Raise `psycopg.OperationalError` if the server cannot be reached, or if what was running
         cannot be put back yet.
         """
-        self.connection.close()
-        self.open(connect(self.dsn, self.idle_name))
-        self._former.append(self.connection.info.backend_pid)
-        self.execute(END_FORMER_SESSIONS_SQL, self._me())
+        with contextlib.closing(self.connection):  # at last: a thread of a job may wait in it
+            self.open(connect(self.dsn, self.name if go_on else self.idle_name))
+            self._former.append(self.connection.info.backend_pid)
+            self.execute(END_FORMER_SESSIONS_SQL, self._me())
         try:
             self.settled = self.execute(LOCK_SQL, self._me()).fetchone()[0]
         except psycopg.errors.LockNotAvailable:  # by whom ever: our jobs are orphans when it goes
             self._take_id()
             return
-        put_back(self)
+        if not go_on:
+            put_back(self)
         if not self.execute(REGISTER_AGAIN_SQL, self._me()).fetchone():
             self.execute(UNLOCK_SQL, self._me())
             self._take_id()

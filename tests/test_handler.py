@@ -79,7 +79,7 @@ def test_a_bug_in_a_job_file_fails_its_job_and_nothing_else(run_handler, ask, st
     done = run_handler("--once", *SAMPLES, expect=1)
     assert states() == ["Failed", "Finished"]
     assert "RuntimeError: a bug in the job file" in done.stderr  # with its traceback
-    comment = conn.execute("SELECT comment FROM job_instances").fetchone()["comment"]
+    comment = conn.execute("SELECT comment FROM job_instances ORDER BY id").fetchone()["comment"]
     assert comment == "Unknown error, please check the logs: a bug in the job file"
 
 

@@ -207,7 +207,7 @@ def test_an_idle_worker_writes_nothing(dsn, conn, start_handler):
     seen = wait_for(lambda: conn.execute(
         "SELECT a.pid, a.query_start FROM pg_stat_activity a "
         "JOIN job_workers w ON w.backend_pid = a.pid "
-        "WHERE a.query NOT LIKE '%job_types%'").fetchone())
+        "WHERE a.query LIKE '%candidate%'").fetchone())  # a claim: it is introduced by now
     next_sql = "SELECT pg_snapshot_xmax(pg_current_snapshot())::text AS next"
     before = conn.execute(next_sql).fetchone()
     for _ in range(5):
