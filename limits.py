@@ -14,7 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
-OURS = (signal.SIGALRM, signal.SIGTERM, signal.SIGINT)  # a job may handle them, for its time
+STOPS = (signal.SIGTERM, signal.SIGINT)  # a job may handle them, for its time
 BOOT_CLOCK = getattr(time, "CLOCK_BOOTTIME", None)  # Linux
 
 
@@ -77,16 +77,17 @@ def _alarm(limit: timedelta) -> Iterator[None]:
         raise StepTimeout(
             f"Timed out: longer than the step limit of {limit} (job_types.step_timeout)")
 
-    before = {signum: signal.getsignal(signum) for signum in OURS}
-    signal.signal(signal.SIGALRM, ring)
+    stops = {signum: signal.getsignal(signum) for signum in STOPS}
+    before = signal.signal(signal.SIGALRM, ring)
     mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
     try:
         signal.setitimer(signal.ITIMER_REAL, seconds)
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        for signum, handler in before.items():
-            if handler is not None:  # one that was not installed by Python
+        signal.signal(signal.SIGALRM, before or signal.SIG_DFL)  # None: not installed by Python
+        for signum, handler in stops.items():
+            if handler is not None and signal.getsignal(signum) is not handler:
                 signal.signal(signum, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
