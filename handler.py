@@ -40,6 +40,7 @@ import schedules
 import worker
 from answers import said
 from limits import is_interrupt
+from option_values import positive, seconds
 from pool import Pool, leave, take_signals
 
 log = logging.getLogger("handler")
@@ -410,23 +411,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--type: unknown {', '.join(map(repr, sorted(unknown)))}; "
                      f"known: {', '.join(map(repr, jobs.JOB_TYPES))}")
     return args
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) < 2**63:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to {2**63 - 1}")
-    return int(text)
-
-
-def seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0
-    if not 0 < value < 1e6:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0 and "
-                                         "below 1000000")
-    return value
 
 
 def load_modules(names: Sequence[str] = ()) -> None:

@@ -32,7 +32,16 @@ import handler
 import schedules
 import upgrade
 from job_lists import Refused, filters, list_jobs, log, show, stats, watch
-from option_values import due, interval, moment, parameter, priority, since
+from option_values import (
+    due,
+    interval,
+    moment,
+    parameter,
+    positive,
+    priority,
+    seconds,
+    since,
+)
 from parameters import parse as parse_parameters
 from perfdb import (
     READ_ONLY,
@@ -257,9 +266,9 @@ COMMON = [
            help="also load the job file NAME.py")]
 JSON = option("--json", action="store_true", help="print everything, as JSON, for scripts")
 DRY_RUN = option("--dry-run", action="store_true", help="only say what would be done")
-EVERY = option("--interval", type=handler.seconds, default=1.0, metavar="SECONDS",
+EVERY = option("--interval", type=seconds, default=1.0, metavar="SECONDS",
                help="between two looks (default 1)")
-STEPS = option("--steps", type=handler.positive, default=100, metavar="N",
+STEPS = option("--steps", type=positive, default=100, metavar="N",
                help="at most N steps (default 100)")
 FILTERS = [
     option("--state", action="append",
@@ -294,7 +303,7 @@ COMMANDS: dict[str, tuple[Run, list[Option]]] = {
     "list": (list_jobs, [
         *FILTERS, JSON, EVERY,
         option("--watch", action="store_true", help="again and again, until Ctrl-C"),
-        option("--limit", type=handler.positive, default=20, metavar="N",
+        option("--limit", type=positive, default=20, metavar="N",
                help="at most N jobs (default 20)")]),
     "show": (show, [ID, STEPS, JSON]),
     "log": (log, [ID, STEPS, JSON]),

@@ -69,3 +69,22 @@ def parameter(text: str) -> tuple[str, Any]:
     except ValueError as exc:
         raise argparse.ArgumentTypeError(
             f"{text!r}: what follows := is not JSON: {exc}") from None
+
+
+def positive(text: str) -> int:
+    """Return a whole number from 1 that fits a bigint."""
+    if not text.isdecimal() or not 1 <= int(text) < 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to {2**63 - 1}")
+    return int(text)
+
+
+def seconds(text: str) -> float:
+    """Return a number of seconds above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0 and "
+                                         "below 1000000")
+    return value

@@ -25,12 +25,11 @@ from typing import Any
 import psycopg
 
 import doctor
-import handler
 import report_alarms
 import report_jobs
 import report_samples
 from jobctl import load_types
-from option_values import moment
+from option_values import moment, seconds
 from perfdb import BadSetting, connect, connect_plainly, explain, query
 from report_page import escape, page, section
 from tables import hush, ready_streams, replace_file
@@ -143,7 +142,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def minutes(text: str) -> timedelta:
     try:
-        span = timedelta(minutes=handler.seconds(text))
+        span = timedelta(minutes=seconds(text))
     except argparse.ArgumentTypeError as exc:
         raise argparse.ArgumentTypeError(str(exc).replace("seconds", "minutes")) from None
     if not span:
