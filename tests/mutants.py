@@ -167,15 +167,16 @@ def of_reconnecting() -> Iterator[Mutant]:
     yield of("END_FORMER_SESSIONS_SQL", "worker.py", r"\n   AND pid = ANY\(%\(former\)s\)", "",
              play("test_who_recovers_a_job_is_not_ended_by_its_worker"), "former")
     yield Mutant("former sessions are not ended", "worker.py",
-                 r"\n        self\.execute\(END_FORMER_SESSIONS_SQL, self\._me\(\)\)", "",
+                 r"\n +self\.execute\(END_FORMER_SESSIONS_SQL, self\._me\(\)\)", "",
                  play("test_a_worker_ends_every_former_session_of_its_own"))
     yield Mutant("only the first former session is known", "worker.py",
-                 r"(def reconnect(?:(?!\n    def ).)*?)\n        self\._former\.append\([^\n]*",
+                 r"(def reconnect(?:(?!\n    def ).)*?)\n +self\._former\.append\([^\n]*",
                  r"\1",
                  play("test_a_worker_ends_every_former_session_of_its_own"))
     yield Mutant("what was in hand is not put back at reconnect", "worker.py",
-                 r"            return\n        put_back\(self\)", r"            return",
-                 scene("cut off"))
+                 r"if not go_on:", "if False:", scene("cut off"))
+    yield Mutant("what is in hand is put back though its job can tell of it", "worker.py",
+                 r"if not go_on:", "if True:", "test_job_files.py -k spoils_the_connection")
     yield Mutant("the id is kept though its row is gone", "worker.py",
                  r"if not (self\.execute\(REGISTER_AGAIN_SQL, self\._me\(\)\)\.fetchone\(\)):",
                  r"if \1 == 0:", "test_worker.py -k forgotten")
