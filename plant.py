@@ -26,11 +26,12 @@ import psycopg
 
 import plant_check
 from csv_times import Interval
-from perfdb import clean, connect
+from perfdb import BadSetting, clean, connect
 from plant_tables import KINDS, TAKE_TURNS_SQL, Plan, compare, orphans, read_database, write_plan
 from plant_toml import Plant, write, write_interval, write_trigger
+from tables import ready_streams
 
-OK, REFUSED, NO_DATABASE = 0, 1, 3  # exit status; 2 is argparse's
+OK, REFUSED, USAGE, NO_DATABASE = range(4)  # exit status
 MOST_SHOWN = 10  # of what would be orphaned
 SEQUENCE_BEHIND = """\
   If that is the id: {table} has rows whose ids its sequence did not give. Set it right:
@@ -172,6 +173,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    ready_streams()
     args = parse(argv)
     try:
         status = args.run(args)
@@ -181,6 +183,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return complain("the tables are missing: run `python jobctl.py init`", NO_DATABASE)
     except psycopg.OperationalError as exc:
         return complain(f"cannot reach the database: {str(exc).strip()}", NO_DATABASE)
+    except BadSetting as exc:
+        return complain(str(exc), USAGE)
     except plant_check.PlantError as exc:
         print(clean(str(exc)), file=sys.stderr)
         return REFUSED

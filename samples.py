@@ -37,11 +37,11 @@ from csv_explain import at_zone, explain
 from csv_names import Feature, Object, Park
 from csv_times import FORMATS, SECOND, Interval, usual_step
 from parameters import schema_problems
-from perfdb import connect, query
+from perfdb import BadSetting, connect, query
 from samples_store import Store, joined
-from tables import duration, table
+from tables import duration, ready_streams, table
 
-OK, REFUSED, NO_DATABASE = 0, 1, 3  # exit status; 2 is argparse's
+OK, REFUSED, USAGE, NO_DATABASE = range(4)  # exit status
 MOST_SHOWN = 20  # windows
 MINUTE = 60 * SECOND
 
@@ -378,6 +378,7 @@ def pair(text: str) -> tuple[str, str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    ready_streams()
     args = parse(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # tell what was done, then stop
     try:
@@ -389,6 +390,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return complain("the tables are missing: run `python jobctl.py init`", NO_DATABASE)
     except psycopg.OperationalError as exc:
         return complain(f"cannot reach the database: {str(exc).strip()}", NO_DATABASE)
+    except BadSetting as exc:
+        return complain(str(exc), USAGE)
     except BrokenPipeError:  # | head; perhaps before all was loaded
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return REFUSED

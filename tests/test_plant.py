@@ -358,7 +358,7 @@ def test_a_sequence_that_is_behind_is_explained(run, conn):
 
 @pytest.mark.parametrize(("arguments", "status"), [
     (["apply"], 2), (["check", "nowhere.toml"], 1), (["export", "--dsn", "host=/nowhere"], 3),
-    (["export", "--dsn", "no connection string"], 1),
+    (["export", "--dsn", "no connection string"], 2),
 ])
 def test_exit_statuses(dsn, capsys, arguments, status):
     try:

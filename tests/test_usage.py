@@ -32,7 +32,8 @@ def ctl(conn, dsn, capsys):
     ("postgresql://perf:hunter2@x@db1/p", "UTC", "write %40 for @"),
     ("postgresql://perf:x@hunter2@db1:5432/p", "UTC", "write %40 for @"),
     ("postgresql://perf:hunter2/x@db1/p", "UTC", "%2F for /")])
-@pytest.mark.parametrize("command", ["jobctl.py list", "report.py jobs"])
+@pytest.mark.parametrize("command", ["jobctl.py list", "report.py jobs", "plant.py export",
+                                     "samples.py load no.csv", "handler.py --once"])
 def test_a_connection_string_or_zone_that_makes_no_sense_is_status_2(command, dsn, zone, said):
     done = subprocess.run([sys.executable, *command.split(), "--dsn", dsn], cwd=ROOT, text=True,
                           capture_output=True, env=os.environ | {"PERFDB_TIMEZONE": zone})
