@@ -287,8 +287,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(command: Sequence[str], env: Mapping[str, str]) -> int:
     """Run `command` to its end and return its status, as a shell would."""
-    with subprocess.Popen(command, env=env) as process:
+    told: list[int] = []  # SIGTERM within Popen would leave behind what it has started
+    before = signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
+    try:
+        process = subprocess.Popen(command, env=env)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    with process:
         try:
+            if told:
+                sys.exit(128 + signal.SIGTERM)
             status = process.wait()
         except BaseException:
             process.terminate()  # and `with` waits for it, before the server goes
