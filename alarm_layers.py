@@ -187,6 +187,10 @@ IMPORTANT = union("""alarms i
                                 OFFSET 0) AS h
                           WHERE i.id = ANY(%(important_ids)s)""")
 
+# What was detected before, as far beyond the window as SETTLING needs it.
+DETECTED_NEAR = reaching("alarms_detected", "%(start)s::timestamptz - %(reach)s::interval",
+                         "%(end)s::timestamptz + %(reach)s::interval")
+
 # The history of one alarm inside a span of time, from its periods `detected_new`, which are known
 # so far beyond (reach: min_duration and two gaps) that what is not known can neither be joined to
 # what matters here nor decide whether that is long enough. The span is the window and, as far as
@@ -230,11 +234,9 @@ joined AS MATERIALIZED (
 # One alarm's history brought up to date with what was detected and with the history of more
 # important alarms. Returns from when to when it changed.
 SETTLE_SQL = f"""
-WITH detected_near AS MATERIALIZED ({reaching(
-    "alarms_detected", "%(start)s::timestamptz - %(reach)s::interval",
-    "%(end)s::timestamptz + %(reach)s::interval")}
+WITH detected_old AS MATERIALIZED ({DETECTED_NEAR}
 ), detected_new AS MATERIALIZED (
-    SELECT {union("detected_near")} AS periods
+    SELECT {union("detected_old")} AS periods
 ), {SETTLING}
 SELECT low, high FROM differs
 """  # noqa: S608
@@ -272,9 +274,7 @@ WITH sample AS MATERIALIZED (
                FILTER (WHERE value {compares} (SELECT %(threshold)s::float8)
                          AND value < 'NaN') AS triggering
       FROM {SAMPLES}
-), detected_old AS MATERIALIZED ({reaching(
-    "alarms_detected", "%(start)s::timestamptz - %(reach)s::interval",
-    "%(end)s::timestamptz + %(reach)s::interval")}
+), detected_old AS MATERIALIZED ({DETECTED_NEAR}
 ), detected_new AS MATERIALIZED (
     SELECT (triggers OPERATOR(pg_catalog.*) {WINDOW})
            OPERATOR(pg_catalog.+) (before OPERATOR(pg_catalog.-) {WINDOW}) AS periods, before

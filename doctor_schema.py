@@ -15,7 +15,7 @@ from pathlib import Path
 import psycopg
 
 from doctor_database import Note
-from perfdb import SCHEMA_VERSION, query
+from perfdb import READ_ONLY, SCHEMA_VERSION, query
 
 SCHEMA = Path(__file__).with_name("schema.sql")
 
@@ -166,8 +166,7 @@ def schema(connection: psycopg.Connection) -> Iterator[str]:
                        "primary")
         else:
             yield Note("schema: not compared with schema.sql, because sessions of this role are "
-                       "read only, in which no handler can work either: ALTER ROLE or ALTER "
-                       "DATABASE ... SET default_transaction_read_only = off")
+                       f"read only: {READ_ONLY}")
 
 
 def installed_version(connection: psycopg.Connection) -> int | None:
@@ -276,8 +275,8 @@ def _remedy(kind: str, name: str, wanted: Mapping[Thing, str], found: Mapping[Th
                 f"{definition} USING {part}::{definition}, then {INIT}, then GRANT on the views "
                 "anew")
     if kind == "constraint" and actual == f"{definition} NOT VALID" and definition[:5] == "CHECK":
-        return (f"rows do not fit it, SELECT * FROM {table} WHERE NOT {definition[6:]} shows "  # noqa: S608
-                f"them: mend them, then {INIT}")
+        look = f"SELECT * FROM {table} WHERE NOT {definition[6:]}"  # noqa: S608
+        return f"rows do not fit it, {look} shows them: mend them, then {INIT}"
     if kind == "constraint":
         drop = f"DROP CONSTRAINT {part}, " if actual else ""
         return f"{alter} {drop}ADD CONSTRAINT {part} {definition}"

@@ -44,7 +44,6 @@ from option_values import (
 )
 from parameters import parse as parse_parameters
 from perfdb import (
-    READ_ONLY,
     BadSetting,
     UnfitDatabase,
     connect,
@@ -406,15 +405,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     try:
         with connect(args.dsn, f"jobctl {args.command}") as connection:
-            status = args.run(connection, args)
+            try:
+                status = args.run(connection, args)
+            except psycopg.errors.ReadOnlySqlTransaction:
+                refuse_unfit(connection, args.dsn)  # says whether it is a standby or a setting
+                raise
             sys.stdout.flush()  # a closed pipe shows here, not at exit
             return status
     except psycopg.errors.UndefinedTable:
         return complain("the tables are missing: run `python jobctl.py init`", NO_DATABASE)
     except (psycopg.errors.UndefinedColumn, psycopg.errors.UndefinedFunction) as exc:
         return complain(explain(exc), NO_DATABASE)
-    except psycopg.errors.ReadOnlySqlTransaction:
-        return complain(READ_ONLY, FAILED)
     except UnfitDatabase as exc:
         return complain(str(exc), NO_DATABASE)
     except BadSetting as exc:

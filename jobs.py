@@ -261,12 +261,12 @@ class JobInstance:
                     self._worker, self._job_id, steps, self._application_name, self._claimed)
             except psycopg.errors.UniqueViolation as exc:
                 raise self._has_steps(exc) from None
+            # From JSON, so that a step is told the same whether the job is new or resumed.
+            wanted = json.loads(steps)
+            if len(wanted) != len(self._job_step_ids):
+                raise JobRequestError(f"the database took {len(self._job_step_ids)} of "
+                                      f"{len(wanted)} steps" + GONE_BY.format(table="job_steps"))
         self._outcome = life.Outcome(state)
-        # From JSON, so that a step is told the same whether the job is new or resumed.
-        wanted = json.loads(steps)
-        if len(wanted) != len(self._job_step_ids):
-            raise JobRequestError(f"the database took {len(self._job_step_ids)} of {len(wanted)} "
-                                  "steps" + GONE_BY.format(table="job_steps"))
         self._todo = (as_created(step_id, position, step) for position, (step_id, step) in
                       enumerate(zip(self._job_step_ids, wanted, strict=True), 1))
 

@@ -15,7 +15,6 @@ refused; 2 wrong usage; 3 no database or no tables.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
@@ -29,7 +28,7 @@ from csv_times import Interval
 from perfdb import BadSetting, clean, connect
 from plant_tables import KINDS, TAKE_TURNS_SQL, Plan, compare, orphans, read_database, write_plan
 from plant_toml import Plant, write, write_interval, write_trigger
-from tables import ready_streams
+from tables import hush, ready_streams
 
 OK, REFUSED, USAGE, NO_DATABASE = range(4)  # exit status
 MOST_SHOWN = 10  # of what would be orphaned
@@ -192,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return complain(f"{str(exc).strip()}\n"
                         + SEQUENCE_BEHIND.format(table=exc.diag.table_name), REFUSED)
     except BrokenPipeError:  # | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        hush()
         return OK
     except (Refused, ValueError, OSError, psycopg.Error) as exc:
         return complain(str(exc).strip(), REFUSED)

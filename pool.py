@@ -11,13 +11,12 @@ import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from limits import STOPS
+
 log = logging.getLogger("handler")
 
 THREAD_SECONDS = 5.0  # at the end, for threads that jobs have left running
 BROKEN = 3  # exit status of a worker process that an unforeseen error ended
-
-STOPS = (signal.SIGTERM, signal.SIGINT)
-
 
 @functools.cache  # once in a process
 def let_children_end() -> None:

@@ -39,7 +39,7 @@ from csv_times import FORMATS, SECOND, Interval, usual_step
 from parameters import schema_problems
 from perfdb import BadSetting, connect, query
 from samples_store import Store, joined
-from tables import duration, ready_streams, table
+from tables import duration, hush, ready_streams, table
 
 OK, REFUSED, USAGE, NO_DATABASE = range(4)  # exit status
 MOST_SHOWN = 20  # windows
@@ -393,7 +393,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BadSetting as exc:
         return complain(str(exc), USAGE)
     except BrokenPipeError:  # | head; perhaps before all was loaded
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        hush()
         return REFUSED
     except (Refused, ValueError, psycopg.Error) as exc:
         return complain(str(exc).strip(), REFUSED)
