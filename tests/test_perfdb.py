@@ -220,15 +220,18 @@ def test_sql_ascii_is_refused_with_what_to_do(other_database):
         perfdb.refuse_unfit(connection)
 
 
-def test_a_standby_is_refused_with_what_to_do():
+def test_a_standby_is_refused_with_what_to_do(capsys):
     if os.environ.get("PERFDB_TEST_DSN"):
         pytest.skip("makes a standby of a server of its own: unset PERFDB_TEST_DSN")
     with embedded_pg.Server({"fsync": "off"}) as server:
+        assert jobctl.main(["init", "--dsn", server.dsn()]) == 0
         (server.directory / "data" / "standby.signal").touch()
         server.restart("fast")
         with (perfdb.connect(server.dsn()) as connection,
               pytest.raises(perfdb.UnfitDatabase, match="target_session_attrs=read-write")):
             perfdb.refuse_unfit(connection)
+        assert jobctl.main(["create", "Noop", "--dsn", server.dsn()]) == 3
+        assert "this server is a hot standby" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("encoding", "stored"), [
